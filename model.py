@@ -1,0 +1,263 @@
+"""The networks, each a list of layers that is read from top to bottom.
+
+What it teaches: how far fewer than 20,000 parameters go when each one is spent with care. The
+project's own network comes first; then every network of the course notes it grew out of, built
+from the same few lines, so that they can be compared fairly:
+
+    from model import build
+    net = build("default")          # images N×C×H×W, normalized  ->  logits N×10
+
+Every network returns logits: ten unbounded scores. Softmax lives in the loss (train.py), nowhere
+else; a network that ends in softmax and is then given to cross-entropy applies it twice.
+
+How to read the layer lines:  # output shape   RF receptive field   learnable parameters
+`RF 8` means that one unit of that output sees an 8×8 window of the image. `python rf.py` derives
+all three columns, and a test recomputes every comment in this file from the modules.
+"""
+import math
+
+import torch
+from torch import Tensor, nn
+
+# ---- Building lines ---------------------------------------------------------------------------
+
+
+def block(c_in: int, c_out: int, kernel=3, padding=1, dropout=0.0, bias=False) -> nn.Sequential:
+    """Convolution -> batch norm -> ReLU (-> dropout). The size shrinks by kernel - 1 - 2·padding.
+
+    Batch norm (Ioffe and Szegedy, 2015) subtracts each channel's mean, which cancels a bias of
+    the convolution before it: leaving the bias out loses nothing and saves c_out parameters.
+    """
+    layers = [nn.Conv2d(c_in, c_out, kernel, padding=padding, bias=bias),
+              nn.BatchNorm2d(c_out), nn.ReLU()]
+    return nn.Sequential(*layers, *([nn.Dropout(dropout)] if dropout else []))
+
+
+def down_block(c_in: int, c_out: int, down="pool") -> nn.Sequential:
+    """A 3×3 block that also halves height and width: "pool" (2×2 maximum) or "stride" (step 2).
+
+    The pool sits before batch norm and ReLU, not after: they then work on a quarter of the
+    numbers. ReLU never reorders numbers, so it does not matter to the maximum which comes first.
+    "stride" computes only every second output to begin with: cheaper still, but it never looks
+    at the three positions that the pool compares.
+    """
+    if down == "pool":
+        halve = [nn.Conv2d(c_in, c_out, 3, padding=1, bias=False), nn.MaxPool2d(2)]
+    elif down == "stride":
+        halve = [nn.Conv2d(c_in, c_out, 3, padding=1, stride=2, bias=False)]
+    else:
+        raise ValueError(f"down must be 'pool' or 'stride', not {down!r}")
+    return nn.Sequential(*halve, nn.BatchNorm2d(c_out), nn.ReLU())
+
+
+def head(c_in: int, kind="conv") -> nn.Sequential:
+    """From a C×H×W map to ten logits by global average pooling (Lin, Chen, Yan, 2013).
+
+    "conv":   1×1 convolution to ten evidence maps, then the average of each. The maps can be
+              looked at: analyze.py draws where in the image the network finds its "4".
+    "linear": average first, then a linear map of the C averages. Averaging and a linear map
+              commute, so with equal weights both return the same logits (a test shows it).
+    """
+    if kind == "conv":
+        return nn.Sequential(nn.Conv2d(c_in, 10, 1), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    if kind == "linear":
+        return nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(c_in, 10))
+    raise ValueError(f"head must be 'conv' or 'linear', not {kind!r}")
+
+
+class Residual(nn.Module):
+    """y = ReLU(x + F(x)): the layers learn only what to add to x (He et al., 2015).
+
+    A plain deep stack has to learn to pass its input on; here that costs nothing (F = 0), which
+    cures the degradation of deep plain networks: their training error rises with depth.
+    """
+
+    def __init__(self, body: nn.Module):
+        super().__init__()
+        self.body = body
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.relu(x + self.body(x))
+
+
+def he_init(net: nn.Module) -> None:
+    """Draw every weight from N(0, 2 / fan_in), set every bias to 0 (He et al., 2015).
+
+    Why 2 / fan_in: a unit sums fan_in products, so its variance is fan_in · Var(w) · E[x²]. Behind
+    a ReLU half of a symmetric signal is cut to 0, which halves E[x²]; the factor 2 restores it.
+    Signals then keep their size through any depth. With a standard deviation of 0.01 they die out
+    within a few wide layers, with 0.1 they blow up: a test runs that experiment.
+    """
+    for layer in net.modules():
+        if isinstance(layer, (nn.Conv2d, nn.Linear)):
+            fan_in = layer.weight[0].numel()                    # in_channels · kernel area
+            nn.init.normal_(layer.weight, 0.0, math.sqrt(2.0 / fan_in))
+            if layer.bias is not None:
+                nn.init.zeros_(layer.bias)
+
+
+# ---- The project's own network ----------------------------------------------------------------
+
+
+def default(head_kind="conv", down="pool", dropout=0.1) -> nn.Sequential:
+    """DOC"""
+    return nn.Sequential(
+        down_block(1, 16, down),
+        block(16, 24),
+        down_block(24, 24, down),
+        block(24, 24),
+        block(24, 24),
+        nn.Dropout(dropout),
+        head(24, head_kind),
+    )
+
+
+def tiny() -> nn.Sequential:
+    """The limit: how far do 7,000 parameters go?"""
+    return nn.Sequential(
+        down_block(1, 10),
+        block(10, 14),
+        down_block(14, 14),
+        block(14, 14),
+        block(14, 14),
+        head(14),
+    )
+
+
+def residual() -> nn.Sequential:
+    """The same budget spent on two residual blocks."""
+    return nn.Sequential(
+        down_block(1, 16),
+        Residual(nn.Sequential(block(16, 16), *block(16, 16)[:2])),
+        down_block(16, 24),
+        Residual(nn.Sequential(block(24, 24), *block(24, 24)[:2])),
+        nn.Dropout(0.1),
+        head(24),
+    )
+
+
+# ---- The networks of the notes ----------------------------------------------------------------
+# Named N1 to N4 after the four sets of notes. Where a printed figure is wrong, the layers decide.
+
+
+def n1() -> nn.Sequential:
+    """"Session 5": dropout that fades as the maps grow more abstract. The notes count 18,746."""
+    return nn.Sequential(
+        block(1, 4, dropout=0.15, bias=True),
+        block(4, 8, dropout=0.125, bias=True),
+        nn.MaxPool2d(2),
+        block(8, 16, dropout=0.1, bias=True),
+        block(16, 22, dropout=0.1, bias=True),
+        nn.MaxPool2d(2),
+        block(22, 30, padding=0, dropout=0.1, bias=True),
+        block(30, 30, padding=0, dropout=0.1, bias=True),
+        nn.MaxPool2d(2, padding=1),
+        nn.Sequential(nn.Conv2d(30, 10, 1), nn.BatchNorm2d(10), nn.Dropout(0.1)),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Dropout(0.1),
+    )
+
+
+def n2_plain() -> nn.Sequential:
+    """Iteration 1 of four: convolution and ReLU only."""
+    def conv(c_in, c_out, kernel=3, padding=1):
+        return nn.Sequential(nn.Conv2d(c_in, c_out, kernel, padding=padding), nn.ReLU())
+    return nn.Sequential(
+        conv(1, 16),
+        conv(16, 16),
+        conv(16, 32),
+        nn.MaxPool2d(2),
+        conv(32, 16, 1, 0),
+        conv(16, 32),
+        nn.MaxPool2d(2),
+        conv(32, 16, 1, 0),
+        conv(16, 16, 3, 0),
+        nn.Flatten(),
+        nn.Linear(400, 10),
+    )
+
+
+def n2() -> nn.Sequential:
+    """Iterations 2 to 4: batch norm and dropout. The notes count 19,418, elsewhere 19,300."""
+    return nn.Sequential(
+        block(1, 16, bias=True),
+        block(16, 16, bias=True),
+        block(16, 32, bias=True),
+        nn.MaxPool2d(2),
+        block(32, 16, 1, 0, bias=True),
+        block(16, 32, bias=True),
+        nn.MaxPool2d(2),
+        block(32, 16, 1, 0, bias=True),
+        block(16, 16, 3, 0, bias=True),
+        nn.Flatten(),
+        nn.Dropout(0.1),
+        nn.Linear(400, 10),
+    )
+
+
+def n3_original() -> nn.Sequential:
+    """The starting point: wide, no batch norm, no dropout. The notes say "about 2.3M"."""
+    def conv(c_in, c_out, padding=1):
+        return nn.Sequential(nn.Conv2d(c_in, c_out, 3, padding=padding), nn.ReLU())
+    return nn.Sequential(
+        conv(1, 32),
+        conv(32, 64),
+        nn.MaxPool2d(2),
+        conv(64, 128),
+        conv(128, 256),
+        nn.MaxPool2d(2),
+        conv(256, 512, 0),
+        conv(512, 1024, 0),
+        nn.Conv2d(1024, 10, 3),
+        nn.Flatten(),
+    )
+
+
+def n3() -> nn.Sequential:
+    """The optimized network. Its last ReLU forbids negative evidence, and costs accuracy."""
+    return nn.Sequential(
+        block(1, 10),
+        block(10, 18, dropout=0.05),
+        nn.MaxPool2d(2),
+        block(18, 18),
+        block(18, 28, dropout=0.05),
+        nn.MaxPool2d(2),
+        block(28, 28),
+        block(28, 10),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+    )
+
+
+def cifar() -> nn.Sequential:
+    """The lecture's CIFAR-10 network, for 3×32×32 images. 27% of its parameters are the last layer."""
+    return nn.Sequential(
+        block(3, 32, 5, 2, bias=True),
+        block(32, 64, bias=True),
+        nn.MaxPool2d(2),
+        block(64, 128, 5, 2, bias=True),
+        nn.MaxPool2d(2),
+        nn.Flatten(),
+        nn.Linear(8192, 10),
+    )
+
+
+NETWORKS = {"default": default, "tiny": tiny, "residual": residual, "n1": n1, "n2-plain": n2_plain,
+            "n2": n2, "n3-original": n3_original, "n3": n3, "cifar": cifar}
+INPUT_SHAPES = {name: (3, 32, 32) if name == "cifar" else (1, 28, 28) for name in NETWORKS}
+
+
+def build(name="default", **options) -> nn.Module:
+    """The named network with fresh He weights. `options` go to its function (default: head_kind,
+    down, dropout). Raises ValueError for a name that is not in NETWORKS."""
+    if name not in NETWORKS:
+        raise ValueError(f"no network is called {name!r}; there are: {', '.join(NETWORKS)}")
+    net = NETWORKS[name](**options)
+    he_init(net)
+    return net
+
+
+def count_parameters(net: nn.Module) -> int:
+    """Learnable parameters (batch norm's running statistics are buffers and do not count)."""
+    return sum(p.numel() for p in net.parameters())
