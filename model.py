@@ -99,7 +99,7 @@ def he_init(net: nn.Module) -> None:
 # ---- The project's own network ----------------------------------------------------------------
 
 
-def default(head_kind="conv", down="pool", dropout=0.1) -> nn.Sequential:
+def default(head_kind="conv", down="pool") -> nn.Sequential:
     """DOC"""
     return nn.Sequential(
         down_block(1, 16, down),
@@ -107,7 +107,7 @@ def default(head_kind="conv", down="pool", dropout=0.1) -> nn.Sequential:
         down_block(24, 24, down),
         block(24, 24),
         block(24, 24),
-        nn.Dropout(dropout),
+        nn.Dropout(0.1),
         head(24, head_kind),
     )
 
@@ -249,13 +249,21 @@ INPUT_SHAPES = {name: (3, 32, 32) if name == "cifar" else (1, 28, 28) for name i
 
 
 def build(name="default", **options) -> nn.Module:
-    """The named network with fresh He weights. `options` go to its function (default: head_kind,
-    down, dropout). Raises ValueError for a name that is not in NETWORKS."""
+    """The named network with fresh He weights. `options` go to its function: `default` takes
+    head_kind and down. Raises ValueError for a name that is not in NETWORKS."""
     if name not in NETWORKS:
         raise ValueError(f"no network is called {name!r}; there are: {', '.join(NETWORKS)}")
     net = NETWORKS[name](**options)
     he_init(net)
     return net
+
+
+def set_dropout(net: nn.Module, probability: float) -> int:
+    """Set every dropout layer's probability; return how many there are (0: nothing was set)."""
+    layers = [layer for layer in net.modules() if isinstance(layer, nn.Dropout)]
+    for layer in layers:
+        layer.p = probability
+    return len(layers)
 
 
 def count_parameters(net: nn.Module) -> int:

@@ -1,0 +1,480 @@
+"""Train a network of fewer than 20,000 parameters to read digits, in a loop that fits on a screen.
+
+What it teaches: what happens at each step of training and in which order, what the optimizers and
+the schedules differ in, and how a result is reported: the last epoch, several seeds, mean and spread.
+
+    python train.py                                             the project's own recipe
+    python train.py --opt sgd --sched onecycle --device cuda    the same recipe, on a GPU
+    python train.py --opt adam                                  another optimizer, its own defaults
+    python train.py --runs 5                                    five seeds: a claim is a distribution
+    python train.py --val 10000                                 hold out images to choose things on
+    python train.py --data synthetic --epochs 2                 a first try without a network
+    python train.py --resume runs/001                           go on after Ctrl-C
+
+It prints two lines an epoch, then a summary, and saves in a folder of its own (runs/001, runs/002,
+...): config.json, log.csv, curves.png, checkpoint.pt (to go on from) and weights.pt (the result).
+"""
+import argparse
+import copy
+import csv
+import functools
+import json
+import math
+import os
+import pickle
+import statistics
+import sys
+import time
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.optim import lr_scheduler
+
+import data as datasets
+from analyze import curves, evaluate
+from data import Parser, UserError, augment, batches, normalize, run_command, write_aside
+from model import INPUT_SHAPES, NETWORKS, build, count_parameters, set_dropout
+
+# ---- The loss ---------------------------------------------------------------------------------
+
+
+def nll_loss(logits: Tensor, labels: Tensor, label_smoothing=0.0) -> Tensor:
+    """The notes' form: log-softmax, then the negative log-likelihood of the label.
+
+    Equal to F.cross_entropy, which does both at once. Label smoothing (Szegedy et al., 2016) mixes
+    the label with a uniform distribution, so that the logits need not grow without end.
+    """
+    log_probabilities = F.log_softmax(logits, dim=1)
+    return ((1 - label_smoothing) * F.nll_loss(log_probabilities, labels)
+            - label_smoothing * log_probabilities.mean())
+
+
+LOSSES = {"cross-entropy": F.cross_entropy, "nll": nll_loss}
+
+# ---- Optimizers and schedules -----------------------------------------------------------------
+# The defaults lie in the ranges that work for most networks: sgd 1e-3 to 1e-1 with weight decay
+# 1e-4 to 5e-4, the Adams 3e-4 to 1e-3. With OneCycle the rate given is its maximum.
+
+DEFAULT_LR = {"sgd": 0.1, "adam": 1e-3, "adamw": 1e-3, "rmsprop": 1e-3}
+DEFAULT_WEIGHT_DECAY = {"sgd": 5e-4, "adam": 0.0, "adamw": 1e-2, "rmsprop": 0.0}
+SCHEDULES = ("none", "step", "cosine", "onecycle", "plateau")
+
+
+def make_optimizer(name: str, net: nn.Module, lr: float, weight_decay: float, momentum=0.9):
+    """sgd (Nesterov momentum), adam, adamw or rmsprop over the parameters of `net`.
+
+    Weight decay is left off everything with one dimension: batch norm's scales and shifts, and
+    biases. Behind a convolution's decay stands the wish for a simple function; a channel's scale
+    or offset pulled towards 0 makes nothing simpler, it only switches the channel off.
+    """
+    parameters = list(net.parameters())
+    groups = [{"params": [p for p in parameters if p.ndim > 1], "weight_decay": weight_decay},
+              {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0}]
+    if name == "sgd":
+        return torch.optim.SGD(groups, lr=lr, momentum=momentum, nesterov=momentum > 0)
+    if name == "adam":
+        return torch.optim.Adam(groups, lr=lr, betas=(momentum, 0.999))
+    if name == "adamw":       # decays the weights themselves; adam adds the decay to the gradient
+        return torch.optim.AdamW(groups, lr=lr, betas=(momentum, 0.999))
+    if name == "rmsprop":
+        return torch.optim.RMSprop(groups, lr=lr, alpha=0.99)
+    raise ValueError(f"no optimizer is called {name!r}")
+
+
+def make_scheduler(name: str, optimizer, epochs: int, steps_per_epoch: int, pct_start=0.2):
+    """How the learning rate changes. Only onecycle is stepped after each batch, the rest after each
+    epoch; plateau is stepped with the validation loss.
+
+    onecycle (Smith, 2018) climbs from lr/25 to lr in the first 20% of all steps and comes down to
+    almost nothing along a cosine: large steps find a wide valley, small ones settle in it. Momentum
+    stays as given.
+    """
+    if name == "none":
+        return lr_scheduler.ConstantLR(optimizer, factor=1.0)
+    if name == "step":
+        return lr_scheduler.StepLR(optimizer, step_size=5, gamma=0.5)
+    if name == "cosine":
+        return lr_scheduler.CosineAnnealingLR(optimizer, T_max=epochs)
+    if name == "plateau":
+        return lr_scheduler.ReduceLROnPlateau(optimizer, factor=0.5, patience=2)
+    if name == "onecycle":
+        return lr_scheduler.OneCycleLR(optimizer, max_lr=optimizer.param_groups[0]["lr"],
+                                       total_steps=epochs * steps_per_epoch, pct_start=pct_start,
+                                       cycle_momentum=False)
+    raise ValueError(f"no schedule is called {name!r}")
+
+
+# ---- The loop ---------------------------------------------------------------------------------
+
+
+def train_epoch(net, average, data, optimizer, scheduler, batch_size, loss_function=F.cross_entropy,
+                preset="default", clip=0.0, ema=0.999, step=0, amp=False, show=lambda *_: None):
+    """One pass over the training images. Returns (mean loss, accuracy in percent, last batch_id).
+
+    Both are measured while the network learns, on augmented images and with dropout on: they lag
+    behind the test figures, and that is no mistake. `step` counts the batches of earlier epochs.
+    Raises UserError when the loss is not finite.
+    """
+    net.train()
+    loss_sum = correct = seen = 0
+    for batch_id, (images, labels) in enumerate(batches(*data.train, batch_size)):
+        x = normalize(augment(images, preset), data.mean, data.std)
+        optimizer.zero_grad()
+        with torch.autocast(images.device.type, torch.bfloat16, enabled=amp):
+            logits = net(x)                  # bfloat16 has float32's range: no loss scaling needed
+        loss = loss_function(logits.float(), labels)
+        if not math.isfinite(loss.item()):
+            raise UserError(f"the loss is {loss.item()} at batch {batch_id}, "
+                            f"lr {optimizer.param_groups[0]['lr']:.6g}")
+        loss.backward()
+        if clip:                             # shrink all gradients together if their norm is larger
+            nn.utils.clip_grad_norm_(net.parameters(), clip)
+        optimizer.step()
+        if isinstance(scheduler, lr_scheduler.OneCycleLR):
+            scheduler.step()
+        update_average(average, net, ema, step + batch_id)
+        loss_sum += loss.item() * len(labels)
+        correct += (logits.argmax(1) == labels).sum().item()
+        seen += len(labels)
+        show(seen, loss_sum / seen, 100 * correct / seen, optimizer.param_groups[0]["lr"])
+    return loss_sum / seen, 100 * correct / seen, batch_id
+
+
+@torch.no_grad()
+def update_average(average: nn.Module, net: nn.Module, ema: float, step: int) -> None:
+    """Move `average` a little towards `net`: a moving average of the weights (Polyak and Juditsky,
+    1992). The weights of one step are noisy, their average is less so, and it costs no training.
+
+    It keeps (1 + step)/(10 + step) of itself, `ema` at most: early on it looks back over a tenth of
+    the steps so far, later over 1/(1 - ema) steps. With ema = 0 it is a copy of `net`.
+    """
+    keep = min(ema, (1 + step) / (10 + step))
+    for slow, fast in zip(average.state_dict().values(), net.state_dict().values()):
+        slow.lerp_(fast, 1 - keep) if slow.is_floating_point() else slow.copy_(fast)
+
+
+def make_training(config: dict, data, device):
+    """Fresh (net, average, optimizer, scheduler) for a configuration. The seed fixes the weights."""
+    torch.manual_seed(config["seed"])
+    net = build(config["model"], **config["options"])
+    if config["dropout"] is not None and not set_dropout(net, config["dropout"]):
+        raise UserError(f"--dropout: the network {config['model']!r} has no dropout layer")
+    net = net.to(device, memory_format=torch.channels_last)
+    optimizer = make_optimizer(config["opt"], net, config["lr"], config["weight_decay"],
+                               config["momentum"])
+    steps_per_epoch = math.ceil(len(data.train[0]) / config["batch_size"])
+    scheduler = make_scheduler(config["sched"], optimizer, config["epochs"], steps_per_epoch)
+    return net, copy.deepcopy(net), optimizer, scheduler
+
+
+def run_epoch(epoch: int, config: dict, data, net, average, optimizer, scheduler,
+              sets=("val", "test"), show=lambda *_: None) -> dict:
+    """Train one epoch (counted from 1), evaluate the averaged weights, return one row of the log.
+
+    Every epoch starts its own random numbers from (seed, epoch): a resumed run draws the same order,
+    warps and dropout as one that was never interrupted, and no generator has to be saved.
+    """
+    started = time.perf_counter()
+    torch.manual_seed(10_000 * config["seed"] + epoch)
+    steps = math.ceil(len(data.train[0]) / config["batch_size"]) * (epoch - 1)
+    loss_function = functools.partial(LOSSES[config["loss"]],
+                                      label_smoothing=config["label_smoothing"])
+    loss, accuracy, batch_id = train_epoch(
+        net, average, data, optimizer, scheduler, config["batch_size"], loss_function,
+        config["augment"], config["clip"], config["ema"], steps, config["amp"], show)
+    row = {"epoch": epoch, "lr": optimizer.param_groups[0]["lr"], "batch_id": batch_id,
+           "train_loss": loss, "train_accuracy": accuracy}
+    for name in sets:
+        images, labels = getattr(data, name)
+        if len(images):
+            result = evaluate(average, images, labels, data.mean, data.std)
+            row |= {f"{name}_loss": result["loss"], f"{name}_accuracy": 100 * result["accuracy"]}
+    if isinstance(scheduler, lr_scheduler.ReduceLROnPlateau):
+        scheduler.step(row["val_loss"])
+    elif not isinstance(scheduler, lr_scheduler.OneCycleLR):
+        scheduler.step()
+    return row | {"seconds": time.perf_counter() - started}
+
+
+# ---- One run, and what it leaves behind -------------------------------------------------------
+
+
+def new_folder(out: Path) -> Path:
+    """Create out/001, out/002, ...: the first number after all that are there. Never an old one."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        number = max([int(p.name) for p in out.iterdir() if p.name.isdigit()], default=0) + 1
+        folder = out / f"{number:03d}"
+        folder.mkdir()
+        return folder
+    except FileExistsError:
+        if out.is_dir():                     # another run took the number a moment ago
+            return new_folder(out)
+        raise UserError(f"--out {out} is a file, not a folder")
+    except OSError as error:
+        raise UserError(f"--out {out} cannot be written: {error.strerror}")
+
+
+def save(folder: Path, epoch: int, rows: list, net, average, optimizer, scheduler) -> None:
+    """The checkpoint and what is derived from it. Interrupted at any point, each file is whole, and
+    the checkpoint, written first, has everything that --resume needs."""
+    state = {"epoch": epoch, "rows": rows, "net": net.state_dict(), "average": average.state_dict(),
+             "optimizer": optimizer.state_dict(), "scheduler": scheduler.state_dict()}
+    with write_aside(folder / "checkpoint.pt") as path:
+        torch.save(state, path)
+    if rows:
+        with write_aside(folder / "log.csv") as path, open(path, "w", newline="") as file:
+            writer = csv.DictWriter(file, rows[0])
+            writer.writeheader()
+            writer.writerows(rows)
+        curves(rows, folder / "curves.png")
+
+
+def load_checkpoint(folder: Path, config: dict, device, net, average, optimizer, scheduler):
+    """Put the last checkpoint's state into the four; return (epoch, rows). Raises UserError."""
+    try:
+        state = torch.load(folder / "checkpoint.pt", map_location=device, weights_only=True)
+        for part, name in ((net, "net"), (average, "average"), (optimizer, "optimizer"),
+                           (scheduler, "scheduler")):
+            part.load_state_dict(state[name])
+        return state["epoch"], state["rows"]
+    except FileNotFoundError:
+        raise UserError(f"{folder} holds no checkpoint.pt to resume from")
+    except (RuntimeError, ValueError, KeyError, EOFError, OSError, pickle.UnpicklingError) as error:
+        raise UserError(f"{folder}/checkpoint.pt does not fit the network {config['model']!r}: "
+                        f"{str(error).strip().splitlines()[0]}")
+
+
+def train(config: dict, data, device, folder: Path, resume=False) -> dict:
+    """Train to the last epoch, saving after each; return the last row of the log.
+
+    The last epoch is the result, not the best one: picking the best epoch by its test accuracy, as
+    the notes do, makes a choice on the test set, and the maximum of 18 noisy numbers flatters.
+    """
+    training = net, average, optimizer, scheduler = make_training(config, data, device)
+    epoch, rows = 0, []
+    if resume:
+        epoch, rows = load_checkpoint(folder, config, device, *training)
+        print(f"{folder}: going on after epoch {epoch} of {config['epochs']}")
+    else:
+        save(folder, 0, [], *training)       # so that --resume works from the first moment on
+    for epoch in range(epoch + 1, config["epochs"] + 1):
+        try:
+            rows.append(run_epoch(epoch, config, data, *training,
+                                  show=progress_line(epoch, config, data)))
+        except UserError as error:
+            raise UserError(f"epoch {epoch}: {error}. Try a lower --lr (now {config['lr']:g}) or "
+                            f"--clip 1; {folder}/checkpoint.pt holds epoch {epoch - 1}")
+        save(folder, epoch, rows, *training)
+        print_epoch(rows[-1], data)
+    with write_aside(folder / "weights.pt") as path:
+        torch.save(average.state_dict(), path)
+    return rows[-1]
+
+
+# ---- What is printed --------------------------------------------------------------------------
+
+
+def progress_line(epoch: int, config: dict, data):
+    """A function that redraws one line while an epoch runs; silent where output is not a terminal."""
+    started, total, drawn = time.perf_counter(), len(data.train[0]), 0.0
+
+    def show(seen, loss, accuracy, lr):
+        nonlocal drawn
+        now = time.perf_counter()
+        if not sys.stdout.isatty() or (now - drawn < 0.1 and seen < total):
+            return
+        drawn = now
+        speed = seen / (now - started)
+        left = int((total * (config["epochs"] - epoch + 1) - seen) / speed)
+        bar = "#" * (20 * seen // total)
+        print(f"\repoch {epoch}/{config['epochs']} [{bar:.<20}] loss {loss:.4f} "
+              f"accuracy {accuracy:.2f}% ({data.name}) lr {lr:.4f} {speed:,.0f} images/s "
+              f"{left // 60}:{left % 60:02d} left\x1b[K", end="\r\x1b[K" if seen == total else "",
+              flush=True)
+    return show
+
+
+def print_epoch(row: dict, data) -> None:
+    """The two lines of the notes; a third one for held-out images."""
+    print(f"Train: Loss={row['train_loss']:.4f} Batch_id={row['batch_id']} LR={row['lr']:.6f} "
+          f"Accuracy={row['train_accuracy']:.2f} ({data.name})")
+    for name, title in (("val", "Validation set"), ("test", "Test set")):
+        if f"{name}_loss" in row:
+            count, accuracy = len(getattr(data, name)[0]), row[f"{name}_accuracy"]
+            print(f"{title}: Average loss: {row[f'{name}_loss']:.4f}, Accuracy: "
+                  f"{round(accuracy * count / 100)}/{count} ({accuracy:.2f}%) ({data.name})",
+                  flush=True)
+
+
+def print_summary(row: dict, config: dict, data, folder: Path, seconds: float) -> None:
+    net = build(config["model"], **config["options"])
+    count = len(data.test[0])
+    errors = count - round(row["test_accuracy"] * count / 100)
+    print(f"""
+{data.name}: {row['test_accuracy']:.2f}% of {count:,} test images right after the last epoch, {errors} errors
+network    {config['model']}, {count_parameters(net):,} parameters
+training   {config['epochs']} epochs in {seconds:.0f} s on {data.mean.device}, seed {config['seed']}
+saved in   {folder}: weights.pt, log.csv, curves.png, config.json, checkpoint.pt
+next       python analyze.py --run {folder}""")
+
+
+def print_distribution(accuracies: list[float], data) -> None:
+    print(f"\n{data.name} test accuracy of the last epoch, {len(accuracies)} seeds: "
+          f"{' '.join(f'{a:.2f}' for a in accuracies)}\n"
+          f"mean {statistics.mean(accuracies):.3f}%  standard deviation "
+          f"{statistics.stdev(accuracies):.3f}  minimum {min(accuracies):.2f}  "
+          f"maximum {max(accuracies):.2f}")
+
+
+# ---- The command line -------------------------------------------------------------------------
+
+
+def number(kind, low, high=math.inf, open_low=False):
+    """An argparse type: a finite number of `kind` from low to high (above low, if open_low)."""
+    def parse(text):
+        value = kind(text)
+        if not low <= value <= high or (open_low and value == low) or not math.isfinite(value):
+            limits = f"above {low}" if open_low else f"at least {low}"
+            raise argparse.ArgumentTypeError(
+                f"{text} must be {limits}" + (f" and at most {high}" if high < math.inf else ""))
+        return value
+    parse.__name__ = kind.__name__           # argparse says "invalid float value" by this name
+    return parse
+
+
+def add_shared_flags(parser) -> None:
+    """The flags that lr_finder.py understands too."""
+    add = parser.add_argument
+    add("--model", choices=NETWORKS, default="default")
+    add("--head", choices=("conv", "linear"), help="the default network's last layers (default conv)")
+    add("--down", choices=("pool", "stride"), help="how the default network halves (default pool)")
+    add("--data", choices=datasets.NAMES, default="mnist")
+    add("--data-dir", default="data", help="where the data set is or will be put")
+    add("--augment", choices=datasets.PRESETS, default="default")
+    add("--opt", choices=DEFAULT_LR, default="sgd")
+    add("--momentum", type=number(float, 0, 0.9999), default=0.9, help="sgd's; beta1 of the Adams")
+    add("--weight-decay", type=number(float, 0), help="default: by optimizer")
+    add("--batch-size", type=number(int, 1), default=128)
+    add("--loss", choices=LOSSES, default="cross-entropy")
+    add("--label-smoothing", type=number(float, 0, 0.9), default=0.1)
+    add("--dropout", type=number(float, 0, 0.9), help="default: the network's own")
+    add("--clip", type=number(float, 0), default=0.0, help="largest gradient norm; 0 is off")
+    add("--ema", type=number(float, 0, 0.99999), default=0.999,
+        help="moving average of the weights; 0 is off")
+    add("--val", type=number(int, 0), help="hold out the last VAL training images")
+    add("--limit", type=number(int, 1), help="train on the first LIMIT images only")
+    add("--seed", type=number(int, 0, 10 ** 9), default=0)
+    add("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto")
+    add("--amp", action="store_true", help="compute in bfloat16 where it is safe")
+    add("--deterministic", action="store_true", help="same bits in every run on a GPU too; slower")
+
+
+def parse() -> tuple[Parser, argparse.Namespace]:
+    parser = Parser(prog="train.py", description="Train a network on MNIST.")
+    add_shared_flags(parser)
+    parser.add_argument("--sched", choices=SCHEDULES, default="onecycle")
+    parser.add_argument("--lr", type=number(float, 0, open_low=True),
+                        help="with onecycle the maximum; default: by optimizer")
+    parser.add_argument("--epochs", type=number(int, 1, 9999), default=18)
+    parser.add_argument("--runs", type=number(int, 1), default=1, help="seeds to train, from --seed on")
+    parser.add_argument("--out", type=Path, default=Path("runs"), help="where run folders are made")
+    parser.add_argument("--resume", type=Path, metavar="RUN", help="go on with this run folder")
+    return parser, parser.parse_args()
+
+
+def make_config(args) -> dict:
+    """The flags as a plain dict, defaults filled in: what config.json holds and functions read."""
+    config = {k: v for k, v in vars(args).items() if k not in ("out", "resume", "runs", "head", "down")}
+    config["options"] = {k: v for k, v in (("head_kind", args.head), ("down", args.down)) if v}
+    if config["options"] and args.model != "default":
+        raise UserError("--head and --down belong to the default network")
+    if args.weight_decay is None:
+        config["weight_decay"] = DEFAULT_WEIGHT_DECAY[args.opt]
+    if args.val is None:                     # plateau watches held-out images: it must have some
+        config["val"] = 0
+    return config
+
+
+def pick_device(name: str) -> torch.device:
+    """ "auto" takes the fastest there is. Raises UserError for one that is not there."""
+    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    if name != "auto" and not there[name]:
+        working = " and ".join(f"--device {d}" for d, yes in there.items() if yes)
+        raise UserError(f"--device {name}: this machine has none; {working} would work")
+    return torch.device(name if name != "auto" else next(d for d, yes in there.items() if yes))
+
+
+def load_for(config: dict) -> tuple:
+    """(data, device) for a configuration, checked against the network and the batch size."""
+    device = pick_device(config["device"])
+    if config["deterministic"]:              # warn_only: max pooling's backward is on torch's list of
+        os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"    # suspects, but windows that do not
+        torch.use_deterministic_algorithms(True, warn_only=True)     # overlap never collide
+    data = datasets.load(config["data"], config["data_dir"], device, config["val"], config["limit"])
+    shape, wanted = tuple(data.train[0].shape[1:]), INPUT_SHAPES[config["model"]]
+    if shape != wanted:
+        raise UserError(f"the network {config['model']!r} takes {'x'.join(map(str, wanted))} images, "
+                        f"{config['data']} has {'x'.join(map(str, shape))}: try another --model")
+    if config["batch_size"] > len(data.train[0]):
+        raise UserError(f"--batch-size {config['batch_size']} is larger than the training set "
+                        f"({len(data.train[0])} images)")
+    return data, device
+
+
+def open_run(args, parser) -> tuple[dict, Path | None]:
+    """(config, folder): of the flags and a folder still to be made, or of the run to resume."""
+    if args.resume is None:
+        config = make_config(args)
+        if config["lr"] is None:
+            config["lr"] = DEFAULT_LR[args.opt]
+        if args.sched == "plateau" and not config["val"]:
+            config["val"] = 5000             # plateau watches held-out images
+            print("--sched plateau watches the loss of held-out images: --val 5000")
+        return config, None
+    for name, value in vars(args).items():
+        if name not in ("resume", "data_dir", "device") and value != parser.get_default(name):
+            raise UserError(f"--resume goes on with the run's own settings: leave out "
+                            f"--{name.replace('_', '-')} {value}")
+    try:
+        config = json.loads((args.resume / "config.json").read_text())
+    except (OSError, ValueError):
+        raise UserError(f"--resume {args.resume}: no run folder (it has no readable config.json)")
+    for name in ("data_dir", "device"):
+        if getattr(args, name) != parser.get_default(name):
+            config[name] = getattr(args, name)
+    return config, args.resume
+
+
+def main() -> None:
+    parser, args = parse()
+    config, folder = open_run(args, parser)
+    data, device = load_for(config)
+    print(f"{data.name}: {len(data.train[0]):,} training, {len(data.val[0]):,} held-out, "
+          f"{len(data.test[0]):,} test images; network {config['model']!r} on {device}; "
+          f"{config['opt']}, {config['sched']}, lr {config['lr']:g}")
+    accuracies, first_seed = [], config["seed"]
+    for seed in range(first_seed, first_seed + args.runs):
+        config |= {"seed": seed, "mean": data.mean.flatten().tolist(), "std": data.std.flatten().tolist()}
+        if args.resume is None:
+            folder = new_folder(args.out)
+            with write_aside(folder / "config.json") as path:
+                path.write_text(json.dumps(config, indent=1))
+        started = time.perf_counter()
+        try:
+            row = train(config, data, device, folder, resume=args.resume is not None)
+        except KeyboardInterrupt:
+            rest = first_seed + args.runs - seed - 1
+            print(f"\nstopped. Go on with: python train.py --resume {folder}" + (
+                f"  and then the other seeds: --seed {seed + 1} --runs {rest}" if rest else ""))
+            raise
+        print_summary(row, config, data, folder, time.perf_counter() - started)
+        accuracies.append(row["test_accuracy"])
+    if len(accuracies) > 1:
+        print_distribution(accuracies, data)
+
+
+if __name__ == "__main__":
+    run_command(main)
