@@ -87,9 +87,6 @@ def he_init(net: nn.Module) -> None:
     a ReLU half of a symmetric signal is cut to 0, which halves E[x²]; the factor 2 restores it.
     Signals then keep their size through any depth. With a standard deviation of 0.01 they die out
     within a few wide layers, with 0.1 they blow up: a test runs that experiment.
-
-    The last layer gets a tenth of that. Its outputs are the logits, and a network that has seen
-    nothing should be unsure of everything: small logits make the first loss ln 10 = 2.303.
     """
     for layer in net.modules():
         if isinstance(layer, (nn.Conv2d, nn.Linear)):
@@ -97,8 +94,6 @@ def he_init(net: nn.Module) -> None:
             nn.init.normal_(layer.weight, 0.0, math.sqrt(2.0 / fan_in))
             if layer.bias is not None:
                 nn.init.zeros_(layer.bias)
-    layer_of_logits = [m for m in net.modules() if isinstance(m, (nn.Conv2d, nn.Linear))][-1]
-    layer_of_logits.weight.data *= 0.1
 
 
 # ---- The project's own network ----------------------------------------------------------------

@@ -96,12 +96,14 @@ def union(axes: list[Axis]) -> Axis:
 SLIDING = set("Conv2d MaxPool2d max_pool2d AvgPool2d avg_pool2d".split())
 ADAPTIVE = set("AdaptiveAvgPool2d AdaptiveMaxPool2d adaptive_avg_pool2d adaptive_max_pool2d"
                .split())
-GLOBAL = ADAPTIVE | set("Flatten flatten view reshape squeeze mean Linear Softmax softmax LogSoftmax "
-                        "log_softmax".split())       # where a vector or a 1×1 map comes out
 BRANCHES = set("add iadd sub mul imul cat concat".split())
 POINTWISE = set("Identity ReLU relu relu_ ReLU6 relu6 LeakyReLU leaky_relu PReLU ELU elu SELU GELU "
                 "gelu SiLU silu Mish Sigmoid sigmoid Hardsigmoid Hardswish Tanh tanh BatchNorm1d "
-                "BatchNorm2d Dropout dropout Dropout2d dropout2d stochastic_depth contiguous".split())
+                "BatchNorm2d Dropout dropout Dropout2d dropout2d stochastic_depth contiguous"
+                .split())
+SOFTMAX = set("Softmax softmax LogSoftmax log_softmax".split())
+GLOBAL = ADAPTIVE | SOFTMAX | set("Flatten flatten view reshape squeeze mean Linear".split())
+#        known where they leave one unit: a vector or a C×1×1 map
 
 
 class Row(NamedTuple):
@@ -110,7 +112,7 @@ class Row(NamedTuple):
     shape: tuple                                     # C×H×W, or the length of a vector
     windows: list                                    # per axis: kernel, stride, padding, dilation
     axes: tuple[Axis, Axis]                          # height and width, computed
-    measured: tuple | None                           # what their `seen` is by experiment
+    measured: tuple                                  # their `seen` by experiment, or empty
     parameters: int
     multiply_adds: int                               # of one image
     note: str
@@ -164,13 +166,14 @@ def see(kind: str, windows: list, axes: list[tuple], out: tuple) -> tuple[Axis, 
     """The windows of a call's result, of shape `out`, from those of its inputs."""
     if kind in POINTWISE:
         return axes[0]
-    if kind in GLOBAL and out[1:] in ((), (1, 1)):   # one unit, which sees what any unit saw
+    if kind in GLOBAL and out[1:] in ((), (1,), (1, 1)):     # one unit: it sees what any unit saw
         return tuple(Axis(0, 0, 0, axis.seen.any(0, keepdim=True)) for axis in axes[0])
     if kind in BRANCHES:
         result = tuple(union(pair) for pair in zip(*axes))
     else:
-        result = tuple(slide(axis, *window, n) for axis, window, n in zip(axes[0], windows, out[1:]))
-    if tuple(len(axis.seen) for axis in result) != (out[1:] or (1, 1)):
+        result = tuple(slide(axis, *window, units)
+                       for axis, window, units in zip(axes[0], windows, out[1:]))
+    if len(out) != 3 or [len(axis.seen) for axis in result] != [*out[1:]]:
         raise UserError("what it does to windows is not known here, so the table ends")
     return result
 
@@ -191,11 +194,9 @@ def walk(net: nn.Module, input_shape: tuple, probe=False) -> Iterator[Row]:
         shapes = [tuple(run.env[source].shape[1:]) for source in inputs]
         before = [axes[source] for source in inputs]
         try:
-            value = (spread(run, node, kind, [run.env[source] for source in inputs]) if probe
-                     else run.run_node(node))
-            run.env[node] = value
+            value = run.env[node] = spread(run, node, kind, inputs) if probe else run.run_node(node)
             if node.op == "placeholder":
-                axes[node] = [Axis(1, 1, 0, torch.eye(n, dtype=torch.bool)) for n in input_shape[1:]]
+                axes[node] = [Axis(1, 1, 0, torch.eye(n).bool()) for n in input_shape[1:]]
             if not inputs or not isinstance(value, Tensor) or node.op == "output":
                 continue                             # a weight, or a number such as x.size(0)
             if len(value) != len(images):
@@ -209,16 +210,17 @@ def walk(net: nn.Module, input_shape: tuple, probe=False) -> Iterator[Row]:
         parameters = count_parameters(call) if isinstance(call, nn.Module) else 0
         products = call.weight[0].numel() if kind in ("Conv2d", "Linear") else 0
         if parameters or kind not in POINTWISE:
-            yield Row(name, out, windows, axes[node], noticed(value, input_shape) if probe else None,
-                      parameters, value[0].numel() * products,
-                      remark(windows, shapes[0], out, before, axes[node]))
+            measured = noticed(value, input_shape[1]) if probe else ()
+            note = remark(windows, shapes[0], out, before, axes[node])
+            yield Row(name, out, windows, axes[node], measured, parameters,
+                      value[0].numel() * products, note)
 
 
 # ---- The measurement --------------------------------------------------------------------------
-# A probe must not deceive. Light must not cancel: all weights are 1, without biases. A max pool must
-# not hide it: all light is equally bright. Rounding must not look like light: fast convolution
-# algorithms (Winograd, FFT) leave 1e-13 where the exact sum is 0, while the faintest true light,
-# one pixel in the average of a whole map, is far above 1e-6. Each result is cut to 0 or 1 there.
+# A probe must not deceive. Light must not cancel: all weights are 1, without biases. Max pooling
+# must not hide it: all light is equally bright. Rounding must not look like light: fast algorithms
+# (Winograd, FFT) may leave 1e-13 where a sum is really 0, while the faintest true light, one pixel
+# in the average of a whole map, is above 1e-6. Each result is cut there, to 0 or 1.
 
 
 def lit(channels: int, height: int, width: int) -> Tensor:
@@ -233,21 +235,20 @@ def lit(channels: int, height: int, width: int) -> Tensor:
     return images
 
 
-def spread(run: fx.Interpreter, node: fx.Node, kind: str, values: list[Tensor]):
+def spread(run: fx.Interpreter, node: fx.Node, kind: str, inputs: list[fx.Node]):
     """A call's result in light and dark. What works on each number alone lets light pass, even a
     sigmoid, which makes 0.5 of darkness; a product depends on both factors, as a sum does."""
-    if kind in POINTWISE:
+    values = [run.env[source] for source in inputs]
+    if kind in POINTWISE | SOFTMAX:
         return values[0]
-    if kind in BRANCHES - {"cat", "concat"}:
-        return (sum(values) > 0).double()
-    value = run.run_node(node)
+    value = sum(values) if kind in BRANCHES - {"cat", "concat"} else run.run_node(node)
     return (value > 1e-6).double() if isinstance(value, Tensor) else value
 
 
-def noticed(value: Tensor, input_shape: tuple) -> tuple[Tensor, Tensor]:
+def noticed(value: Tensor, height: int) -> tuple[Tensor, Tensor]:
     """Which row of units noticed which row of pixels, and the same for columns: units×pixels."""
     light = (value if value.ndim == 4 else value.flatten(1)[:, :, None, None]).bool().any(1)
-    return light[:input_shape[1]].any(2).T, light[input_shape[1]:].any(1).T
+    return light[:height].any(2).T, light[height:].any(1).T
 
 
 # ---- The shape debugger -----------------------------------------------------------------------
@@ -284,9 +285,10 @@ def diagnose(error: Exception, kind: str, call, shapes: list, latest_map: tuple)
     if kind == "Linear" and shape[0] == math.prod(latest_map):
         channels, height, width = latest_map
         side = math.isqrt(wants // channels)
-        why = f": the map is {height}×{width}, not {side}×{side}" * (channels * side * side == wants)
-        return (f"Linear wants {wants} features, got {shape[0]} = {times(latest_map)}{why}. "
-                f"Write in_features={shape[0]}, or change the image's size")
+        fits = channels * side * side == wants
+        return (f"Linear wants {wants} features, got {shape[0]} = {times(latest_map)}"
+                + f": the map is {height}×{width}, not {side}×{side}" * fits
+                + f". Write in_features={shape[0]}, or change the image's size")
     if wants and wants != shape[0]:
         return (f"{kind} wants {wants} channels, got {shape[0]}, of {times(shape)}. "
                 f"Write {setting}={shape[0]}, or change what comes before")
@@ -295,8 +297,8 @@ def diagnose(error: Exception, kind: str, call, shapes: list, latest_map: tuple)
         reach = [(k - 1) * d + 1 for k, _, _, d in windows]
         room = [n + 2 * p for n, (_, _, p, _) in zip(shape[1:], windows)]
         if any(r > n for r, n in zip(reach, room)):
-            return (f"its {times(reach)} window is larger than the {times(shape[1:])} map, {times(room)} "
-                    "with padding. Pool less, pad more, or start from a larger image")
+            return (f"its {times(reach)} window is larger than the {times(shape[1:])} map, "
+                    f"{times(room)} with padding. Pool less, pad more, or take a larger image")
     if kind in BRANCHES:
         return (f"{' and '.join(map(times, shapes))} do not fit together: give both branches the "
                 "same padding and strides, and for a sum the same channels")
@@ -320,12 +322,12 @@ def table(rows: list[Row]) -> str:
     lines = [("layer", "output", "window", "jump", "RF", "first", "measured", "parameters",
               "multiply-adds")]
     for row in rows:
-        window = " ".join(letter + both(numbers) for letter, numbers in zip("kspd", zip(*row.windows))
-                          if letter != "d" or set(numbers) != {1})
-        jump, size, first, _ = zip(*row.axes)
+        window = " ".join(letter + both(pair) for letter, pair in zip("kspd", zip(*row.windows))
+                          if letter != "d" or pair != (1, 1))
+        jump, size, first, seen = zip(*row.axes)
         field = (both(jump), both(size), both(first)) if all(jump) else ("", "global", "")
-        measured = row.measured and both(widest(row.measured)) + (" ✓" if all(
-            torch.equal(axis.seen, found) for axis, found in zip(row.axes, row.measured)) else " ✗")
+        measured = row.measured and both(widest(row.measured)) + (
+            " ✓" if all(map(torch.equal, seen, row.measured)) else " ✗")
         lines.append((row.name, times(row.shape), window, *field, measured or "",
                       f"{row.parameters:,}", f"{row.multiply_adds:,}"))
     widths = [max(map(len, column)) for column in zip(*lines)]
@@ -359,11 +361,11 @@ def explain(net: nn.Module, input_shape: tuple) -> str | None:
             print(f"note: {row.name}: {row.note}")
     parameters, last = count_parameters(net), last_map(rows)
     seen, image = times(widest([axis.seen for axis in last.axes])), times(input_shape[1:])
-    print(f"\n{parameters:,} parameters ({parameters * 4 / 1000:,.0f} kB as 32-bit floats), {work:,} "
-          f"multiply-adds an image.\nOf the image's {image} pixels a unit of the last local map, "
-          f"{last.name} {times(last.shape)}, sees at most {seen}{': all' * (seen == image)}.")
-    if rows[-1].measured is None:
-        print(f"Not measured: {work * probes:.0e} multiply-adds are too many; try a smaller --input.")
+    print(f"\n{parameters:,} parameters ({parameters * 4 / 1000:,.0f} kB as 32-bit floats), "
+          f"{work:,} multiply-adds an image.\nOf the image's {image} pixels a unit of the last local "
+          f"map, {last.name} {times(last.shape)}, sees at most {seen}{': all' * (seen == image)}.")
+    if not rows[-1].measured:
+        print(f"Not measured: {work * probes:.0e} multiply-adds. A smaller --input may be.")
 
 
 # ---- The effective receptive field ------------------------------------------------------------
@@ -385,7 +387,7 @@ def effective_field(net: nn.Module, images: Tensor, layer: str) -> Tensor:
 
 
 def framed(image: Image.Image, window: list) -> Image.Image:
-    """The image on grey ground with a line around the window, which may be the larger of the two."""
+    """The image on grey ground, with a line around the window, which may be the larger one."""
     (top, bottom), (left, right) = window
     margin = 2 + max(0, -top, -left, bottom - image.height, right - image.width)
     ground = ImageOps.expand(image.convert("RGB"), margin, "#9a9a9a")
@@ -409,7 +411,7 @@ def draw_fields(nets: dict, images: Tensor, path: Path) -> None:
         half, most = (next(int(s) for s in side.unique() if mass[side <= s].sum() >= share)
                       for share in (0.5, 0.95))
         tiles.append(framed(heat(mass), window))
-        captions.append(f"{title}: half of the gradient\nin {half}x{half} pixels, 95% in {most}x{most}")
+        captions.append(f"{title}: half of the gradient\nin {half}x{half}, 95% in {most}x{most} pixels")
         print(f"{captions[-1]}; the computed window is {size}".replace("\n", " "))
     gallery(tiles, captions, path, columns=3, zoom=8,
             title=f"The pixels that move the centre unit of {last.name}")
@@ -442,11 +444,11 @@ def parse_shape(text: str) -> tuple[int, int, int]:
 def from_torchvision(name: str) -> nn.Module:
     """A classification network of torchvision with random weights. Raises UserError."""
     if name not in torchvision.models.list_models(torchvision.models):
-        raise UserError(f"torchvision has no classification network {name!r}; it has resnet50, vgg16, "
-                        "and those that torchvision.models.list_models() names")
-    helpers = {"aux_logits": False, "init_weights": False}          # of training; the latter is slow
+        raise UserError(f"torchvision has no classification network {name!r}; it has resnet50, "
+                        "vgg16 and those that torchvision.models.list_models() names")
+    extras = {"aux_logits": False, "init_weights": False}           # heads for training; slow
     return torchvision.models.get_model(
-        name, **helpers if name in ("googlenet", "inception_v3") else {})
+        name, **extras if name in ("googlenet", "inception_v3") else {})
 
 
 def newest_run(model: str) -> Path | None:
@@ -465,7 +467,7 @@ def main() -> None:
     add("--torchvision", metavar="NAME", help="a network of torchvision, with random weights")
     add("--input", metavar="CxHxW", type=parse_shape, help="another image size, such as 1x20x20")
     add("--erf", action="store_true", help="draw the effective receptive field, fresh and trained")
-    add("--run", metavar="FOLDER", help="the trained one (default: the newest, if it is this network)")
+    add("--run", metavar="FOLDER", help="the trained one (default: the newest, if of this network)")
     add("--data", choices=NAMES, default="mnist", help="images for --erf")
     add("--data-dir", type=Path, default=Path("data"))
     add("--out", type=Path, default=Path("rf.png"), help="the picture of --erf")
@@ -474,7 +476,8 @@ def main() -> None:
     if args.slips:
         return print(slips())
     run = args.run or (newest_run(args.model) if args.erf else None)
-    trained, config = load_run(find_run(run)) if run else (None, {"model": args.model, "options": {}})
+    plain = {"model": args.model, "options": {}}
+    trained, config = load_run(find_run(run)) if run else (None, plain)
     if args.torchvision:
         net, shape = from_torchvision(args.torchvision), (3, 224, 224)
     else:
