@@ -31,6 +31,7 @@ import torch
 import torchvision
 from PIL import Image, ImageDraw, ImageOps
 from torch import Tensor, fx, nn
+from torchvision.transforms.functional import to_pil_image
 
 from analyze import find_run, gallery, heat, load_run
 from data import NAMES, Parser, UserError, load, normalize, run_command
@@ -83,27 +84,25 @@ def union(axes: list[Axis]) -> Axis:
     if any(jump == 0 for jump, _ in steps):
         return Axis(0, 0, 0, seen)
     if len(steps) > 1:
-        raise UserError("it joins branches that are out of step: " + " and ".join(
+        raise UserError("joins branches that are out of step: " + " and ".join(
             f"{units} units at jump {jump}" for jump, units in sorted(steps)))
     first = min(axis.first for axis in axes)
     return Axis(axes[0].jump, max(axis.first + axis.size for axis in axes) - first, first, seen)
 
 
 # ---- Following the image through any network --------------------------------------------------
-# torch.fx runs forward() once with a stand-in for the image and writes down every call in it. Here
-# are the modules and functions whose windows are known; any other is named, never guessed.
+# torch.fx runs forward() once with a stand-in for the image and writes down every call in it. These
+# are the modules and functions whose windows are known here; any other is named, never guessed.
 
 SLIDING = set("Conv2d MaxPool2d max_pool2d AvgPool2d avg_pool2d".split())
-ADAPTIVE = set("AdaptiveAvgPool2d AdaptiveMaxPool2d adaptive_avg_pool2d adaptive_max_pool2d"
-               .split())
+ADAPTIVE = {"AdaptiveAvgPool2d", "AdaptiveMaxPool2d", "adaptive_avg_pool2d", "adaptive_max_pool2d"}
 BRANCHES = set("add iadd sub mul imul cat concat".split())
 POINTWISE = set("Identity ReLU relu relu_ ReLU6 relu6 LeakyReLU leaky_relu PReLU ELU elu SELU GELU "
                 "gelu SiLU silu Mish Sigmoid sigmoid Hardsigmoid Hardswish Tanh tanh BatchNorm1d "
-                "BatchNorm2d Dropout dropout Dropout2d dropout2d stochastic_depth contiguous"
-                .split())
+                "BatchNorm2d Dropout dropout Dropout2d stochastic_depth contiguous".split())
 SOFTMAX = set("Softmax softmax LogSoftmax log_softmax".split())
+# These and ADAPTIVE are known when they leave one unit: a vector, or a map of 1×1.
 GLOBAL = ADAPTIVE | SOFTMAX | set("Flatten flatten view reshape squeeze mean Linear".split())
-#        known where they leave one unit: a vector or a C×1×1 map
 
 
 class Row(NamedTuple):
@@ -147,12 +146,12 @@ def geometry(kind: str, call, shape: tuple, out: tuple) -> list[tuple[int, int, 
     """(kernel, stride, padding, dilation) of a sliding window, for height and for width."""
     if kind in ADAPTIVE:
         if any(n % m for n, m in zip(shape[1:], out[1:])):
-            raise UserError(f"from {times(shape)} to {times(out)} its windows differ in size")
+            raise UserError(f"needs windows of unequal size from {times(shape)} to {times(out)}")
         return [(n // m, n // m, 0, 1) for n, m in zip(shape[1:], out[1:])]
     if kind not in SLIDING:
         return []
     if getattr(call, "padding_mode", "zeros") != "zeros":
-        raise UserError(f"padding_mode={call.padding_mode!r} is not known here")
+        raise UserError(f"has padding_mode={call.padding_mode!r}, which is not known here")
     kernel, stride, padding, dilation = (
         (value, value) if isinstance(value, int) else value for value in (
             call.kernel_size, call.stride or call.kernel_size, call.padding,
@@ -174,7 +173,7 @@ def see(kind: str, windows: list, axes: list[tuple], out: tuple) -> tuple[Axis, 
         result = tuple(slide(axis, *window, units)
                        for axis, window, units in zip(axes[0], windows, out[1:]))
     if len(out) != 3 or [len(axis.seen) for axis in result] != [*out[1:]]:
-        raise UserError("what it does to windows is not known here, so the table ends")
+        raise UserError("is not known here: what its units see cannot be computed")
     return result
 
 
@@ -195,17 +194,17 @@ def walk(net: nn.Module, input_shape: tuple, probe=False) -> Iterator[Row]:
         before = [axes[source] for source in inputs]
         try:
             value = run.env[node] = spread(run, node, kind, inputs) if probe else run.run_node(node)
-            if node.op == "placeholder":
+            if node.op == "placeholder" and isinstance(value, Tensor):
                 axes[node] = [Axis(1, 1, 0, torch.eye(n).bool()) for n in input_shape[1:]]
             if not inputs or not isinstance(value, Tensor) or node.op == "output":
                 continue                             # a weight, or a number such as x.size(0)
             if len(value) != len(images):
-                raise UserError(f"it turns 1 image into {len(value)}: see torch.flatten(x, 1)")
+                raise UserError(f"turns 1 image into {len(value)}: see torch.flatten(x, 1)")
             out = tuple(value.shape[1:])
             windows = geometry(kind, call, shapes[0], out)
             axes[node] = see(kind, windows, before, out)
         except Exception as error:                   # PyTorch refuses with many types of exception
-            raise UserError(f"{name}: {diagnose(error, kind, call, shapes, latest_map)}")
+            raise UserError(f"{name} {diagnose(error, kind, call, shapes, latest_map)}")
         latest_map = out if len(out) == 3 else latest_map
         parameters = count_parameters(call) if isinstance(call, nn.Module) else 0
         products = call.weight[0].numel() if kind in ("Conv2d", "Linear") else 0
@@ -259,7 +258,7 @@ def times(numbers) -> str:
 
 
 def first_line(error: Exception) -> str:
-    return str(error).partition("\n")[0]
+    return (str(error) or repr(error)).splitlines()[0]
 
 
 def remark(windows: list, shape: tuple, out: tuple, axes: list, result: tuple) -> str:
@@ -274,44 +273,46 @@ def remark(windows: list, shape: tuple, out: tuple, axes: list, result: tuple) -
 
 
 def diagnose(error: Exception, kind: str, call, shapes: list, latest_map: tuple) -> str:
-    """Why a layer refused inputs of these shapes, and the likely remedy, in one line."""
+    """What a layer wanted in place of inputs of these shapes, and the likely remedy."""
     shape = shapes[0] if shapes else ()
     setting = {"Conv2d": "in_channels", "Linear": "in_features"}.get(kind, "num_features")
     wants = getattr(call, setting, None)
     if isinstance(error, UserError):
         return str(error)
     if kind == "Linear" and len(shape) > 1:
-        return f"it wants vectors, got the map {times(shape)}: put nn.Flatten() before it"
+        return f"wants a vector, got the map {times(shape)}: put nn.Flatten() before it"
     if kind == "Linear" and shape[0] == math.prod(latest_map):
         channels, height, width = latest_map
         side = math.isqrt(wants // channels)
-        fits = channels * side * side == wants
-        return (f"Linear wants {wants} features, got {shape[0]} = {times(latest_map)}"
-                + f": the map is {height}×{width}, not {side}×{side}" * fits
-                + f". Write in_features={shape[0]}, or change the image's size")
+        map_text = f": the map is {height}×{width}, not {side}×{side}"
+        return (f"wants {wants} features, got {shape[0]} = {times(latest_map)}"
+                f"{map_text * (channels * side * side == wants)}. Write {setting}={shape[0]}, or "
+                "change the size of the image")
     if wants and wants != shape[0]:
-        return (f"{kind} wants {wants} channels, got {shape[0]}, of {times(shape)}. "
-                f"Write {setting}={shape[0]}, or change what comes before")
+        return (f"wants {wants} channels, got {shape[0]} ({times(shape)}). Write {setting}="
+                f"{shape[0]}, or change what comes before")
     if kind in SLIDING and len(shape) == 3:
         windows = geometry(kind, call, shape, ())
         reach = [(k - 1) * d + 1 for k, _, _, d in windows]
         room = [n + 2 * p for n, (_, _, p, _) in zip(shape[1:], windows)]
         if any(r > n for r, n in zip(reach, room)):
-            return (f"its {times(reach)} window is larger than the {times(shape[1:])} map, "
-                    f"{times(room)} with padding. Pool less, pad more, or take a larger image")
+            return (f"has a {times(reach)} window, but the map is {times(shape[1:])}, with padding "
+                    f"{times(room)}. Pool less, pad more, or take a larger image")
     if kind in BRANCHES:
-        return (f"{' and '.join(map(times, shapes))} do not fit together: give both branches the "
-                "same padding and strides, and for a sum the same channels")
-    return first_line(error)
+        return (f"cannot join {' and '.join(map(times, shapes))}: give the branches the same "
+                "padding and strides, and for a sum the same channels")
+    return f"fails: {first_line(error)}"
 
 
 # ---- The table --------------------------------------------------------------------------------
+
+AFFORDABLE = 2e10     # multiply-adds of all probes: seconds. ResNet-50 at 224×224 would need 2e12.
 
 
 def widest(seen: tuple[Tensor, Tensor]) -> list[int]:
     """The largest height and width, in pixels, that any unit sees."""
     spans = [[unit.nonzero() for unit in axis if unit.any()] for axis in seen]
-    return [max(int(pixels[-1] - pixels[0]) + 1 for pixels in span) for span in spans]
+    return [max((int(pixels[-1] - pixels[0]) + 1 for pixels in span), default=0) for span in spans]
 
 
 def table(rows: list[Row]) -> str:
@@ -335,9 +336,9 @@ def table(rows: list[Row]) -> str:
         cell.rjust(width) for cell, width in zip(line[3:], widths[3:])]) for line in lines)
 
 
-def last_map(rows: list[Row]) -> Row:
-    """The last layer whose units still have a place in the image."""
-    return [row for row in rows if all(axis.jump for axis in row.axes)][-1]
+def last_map(rows: list[Row]) -> Row | None:
+    """The last layer whose units still have a place of their own in the image."""
+    return next((row for row in reversed(rows) if all(axis.jump for axis in row.axes)), None)
 
 
 def explain(net: nn.Module, input_shape: tuple) -> str | None:
@@ -353,19 +354,21 @@ def explain(net: nn.Module, input_shape: tuple) -> str | None:
         return str(error)
     work = sum(row.multiply_adds for row in rows)
     probes = input_shape[1] + input_shape[2]
-    if work * probes < 2e10:                         # seconds; for ResNet-50 it would be an hour
+    if work * probes < AFFORDABLE:
         rows = list(walk(net, input_shape, probe=True))
     print(table(rows))
     for row in rows:
         if row.note:
             print(f"note: {row.name}: {row.note}")
     parameters, last = count_parameters(net), last_map(rows)
-    seen, image = times(widest([axis.seen for axis in last.axes])), times(input_shape[1:])
     print(f"\n{parameters:,} parameters ({parameters * 4 / 1000:,.0f} kB as 32-bit floats), "
-          f"{work:,} multiply-adds an image.\nOf the image's {image} pixels a unit of the last local "
-          f"map, {last.name} {times(last.shape)}, sees at most {seen}{': all' * (seen == image)}.")
-    if not rows[-1].measured:
-        print(f"Not measured: {work * probes:.0e} multiply-adds. A smaller --input may be.")
+          f"{work:,} multiply-adds an image.")
+    if last:
+        seen, image = times(widest([axis.seen for axis in last.axes])), times(input_shape[1:])
+        print(f"Of the image's {image} pixels a unit of the last local map, {last.name} "
+              f"{times(last.shape)}, sees at most {seen}{': all' * (seen == image)}.")
+    if work * probes >= AFFORDABLE:
+        print(f"Not measured: {work * probes:.0e} multiply-adds. Try a smaller --input.")
 
 
 # ---- The effective receptive field ------------------------------------------------------------
@@ -404,15 +407,15 @@ def draw_fields(nets: dict, images: Tensor, path: Path) -> None:
     size = "x".join(str(axis.size) for axis in last.axes)
     y, x = ((torch.arange(n) - sum(ends) / 2).abs() for n, ends in zip(images.shape[2:], window))
     side = 2 * torch.maximum(y[:, None], x) + 1      # H×W: of the centred square that gets that far
-    tiles = [framed(Image.fromarray(images[0, 0].numpy()), window)]
+    tiles = [framed(to_pil_image(images[0]), window)]
     captions = [f"an image, and the computed\nwindow of {size} pixels"]
     for title, (net, mean, std) in nets.items():
         mass = effective_field(net, normalize(images, mean, std), last.name.split()[0])
         half, most = (next(int(s) for s in side.unique() if mass[side <= s].sum() >= share)
                       for share in (0.5, 0.95))
         tiles.append(framed(heat(mass), window))
-        captions.append(f"{title}: half of the gradient\nin {half}x{half}, 95% in {most}x{most} pixels")
-        print(f"{captions[-1]}; the computed window is {size}".replace("\n", " "))
+        captions.append(f"{title}: half of the gradient in\n{half}x{half}, 95% in {most}x{most}")
+        print(captions[-1].replace("\n", " ") + f" pixels; the computed window is {size}")
     gallery(tiles, captions, path, columns=3, zoom=8,
             title=f"The pixels that move the centre unit of {last.name}")
     print(f"picture: {path}")
@@ -476,8 +479,9 @@ def main() -> None:
     if args.slips:
         return print(slips())
     run = args.run or (newest_run(args.model) if args.erf else None)
-    plain = {"model": args.model, "options": {}}
-    trained, config = load_run(find_run(run)) if run else (None, plain)
+    untrained = None, {"model": args.model, "options": {}}
+    trained, config = load_run(find_run(run)) if run else untrained
+    torch.manual_seed(0)                             # the same fresh network each time
     if args.torchvision:
         net, shape = from_torchvision(args.torchvision), (3, 224, 224)
     else:
@@ -491,12 +495,13 @@ def main() -> None:
         args.data = "synthetic"                      # a picture is not worth a download
     digits = load(args.data, args.data_dir)
     if args.torchvision or args.input or digits.test[0].shape[1:] != shape:
-        raise UserError(f"--erf sends {args.data} through a network of model.py made for that size")
+        raise UserError("--erf takes a network of model.py and --data of the size made for it: "
+                        f"{config['model']!r} wants {times(INPUT_SHAPES[config['model']])}")
     nets = {"fresh": (net, digits.mean, digits.std)}
     if trained:
         nets["trained"] = trained, *(torch.tensor(config[name]).view(1, -1, 1, 1)
                                      for name in ("mean", "std"))
-    print(f"trained: {run}" if run else f"The newest run is none of {args.model!r}: fresh only.")
+    print(f"trained: {run}" if run else f"The newest run is not of {args.model!r}: fresh only.")
     draw_fields(nets, digits.test[0][:200], args.out)
 
 

@@ -304,6 +304,20 @@ def test_a_network_has_the_parameters_it_says_and_returns_ten_logits(name):
     assert logits.shape == (2, 10) and (logits < 0).any() | (logits.sum(1) != 1).all()
 
 
+@pytest.mark.parametrize("name", model.NETWORKS)
+def test_the_comment_on_each_layer_line_is_what_the_layer_does(name):
+    """Output shape, receptive field and parameter count, recomputed from the modules."""
+    net = model.build(name).eval()
+    said = re.findall(r"# ([\d×]+) +RF (\d+|all) +([\d,]+)$", inspect.getsource(model.NETWORKS[name]), re.M)
+    rows = list(rf.walk(net, model.INPUT_SHAPES[name]))
+    assert len(said) == len(net)
+    for index, (shape, field, parameters) in enumerate(said):
+        row = [row for row in rows if int(re.split(r"[. ]", row.name)[0]) <= index][-1]
+        assert shape == "×".join(map(str, row.shape))
+        assert field == ("all" if row.axes[0].jump == 0 else str(row.axes[0].size))
+        assert int(parameters.replace(",", "")) == model.count_parameters(net[index])
+
+
 def test_global_average_pool_then_linear_equals_1x1_conv_then_pool():
     torch.manual_seed(0)
     maps = torch.randn(4, 24, 7, 7)

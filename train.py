@@ -350,7 +350,8 @@ def add_shared_flags(parser) -> None:
     add = parser.add_argument
     add("--model", choices=NETWORKS, default="default")
     add("--head", choices=("conv", "linear"), help="the default network's last layers (default conv)")
-    add("--down", choices=("pool", "stride"), help="how the default network halves (default pool)")
+    add("--down", choices=("pool", "stride"), help="how it halves (default pool)")
+    add("--activation", choices=("silu", "relu"), help="what follows its batch norms (default silu)")
     add("--data", choices=datasets.NAMES, default="mnist")
     add("--data-dir", default="data", help="where the data set is or will be put")
     add("--augment", choices=datasets.PRESETS, default="default")
@@ -385,12 +386,16 @@ def parse() -> tuple[Parser, argparse.Namespace]:
     return parser, parser.parse_args()
 
 
+NOT_IN_CONFIG = ("out", "resume", "runs", "head", "down", "activation")
+
+
 def make_config(args) -> dict:
     """The flags as a plain dict, defaults filled in: what config.json holds and functions read."""
-    config = {k: v for k, v in vars(args).items() if k not in ("out", "resume", "runs", "head", "down")}
-    config["options"] = {k: v for k, v in (("head_kind", args.head), ("down", args.down)) if v}
+    config = {k: v for k, v in vars(args).items() if k not in NOT_IN_CONFIG}
+    config["options"] = {k: v for k, v in (("head_kind", args.head), ("down", args.down),
+                                           ("activation", args.activation)) if v}
     if config["options"] and args.model != "default":
-        raise UserError("--head and --down belong to the default network")
+        raise UserError("--head, --down and --activation belong to the default network")
     if args.weight_decay is None:
         config["weight_decay"] = DEFAULT_WEIGHT_DECAY[args.opt]
     if args.val is None:                     # plateau watches held-out images: it must have some
