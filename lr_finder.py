@@ -272,7 +272,7 @@ def search(count: int, config: dict, data, device, path: Path) -> None:
     that ends with its rung makes short trainings comparable, for at most twice the work.
     Both are drawn log-uniform: the question is "how many zeros?", so each decade counts the same.
     """
-    middle = DEFAULT_LR[config["opt"]]
+    middle = DEFAULT_LR[config["opt"]][1]
     generator = torch.Generator().manual_seed(config["seed"])
     draws = torch.rand(count, 2, generator=generator, dtype=torch.float64)
     cells = [{"opt": config["opt"],
@@ -292,9 +292,9 @@ def search(count: int, config: dict, data, device, path: Path) -> None:
 
 def check(seeds: int, config: dict, data, device, path: Path, options: dict) -> None:
     """Is each pick stable, and is the recommended one good? For each seed a sweep, then one epoch of
-    OneCycle with the recommended rate as its maximum, and with nine rates from 0.1 to 10 times the
-    optimizer's usual maximum, a quarter of a decade apart."""
-    middle = {"sgd": 0.1}.get(config["opt"], 0.01)
+    OneCycle with the recommended rate as its maximum, and with nine rates from 0.1 to 10 times
+    train.py's default, a quarter of a decade apart."""
+    middle = DEFAULT_LR[config["opt"]][1]
     usual = [float(f"{middle * 10 ** (k / 4):.3g}") for k in range(-4, 5)]
     found, gaps = {}, []
     print(f"{config['opt']}: held-out accuracy ({data.name}) after one epoch\n"

@@ -96,10 +96,11 @@ def union(axes: list[Axis]) -> Axis:
 
 SLIDING = set("Conv2d MaxPool2d max_pool2d AvgPool2d avg_pool2d".split())
 ADAPTIVE = {"AdaptiveAvgPool2d", "AdaptiveMaxPool2d", "adaptive_avg_pool2d", "adaptive_max_pool2d"}
-BRANCHES = set("add iadd sub mul imul cat concat".split())
+BRANCHES = set("add iadd sub mul imul truediv cat concat".split())
 POINTWISE = set("Identity ReLU relu relu_ ReLU6 relu6 LeakyReLU leaky_relu PReLU ELU elu SELU GELU "
                 "gelu SiLU silu Mish Sigmoid sigmoid Hardsigmoid Hardswish Tanh tanh BatchNorm1d "
-                "BatchNorm2d Dropout dropout Dropout2d stochastic_depth contiguous".split())
+                "BatchNorm2d Dropout dropout Dropout2d dropout2d stochastic_depth "
+                "contiguous".split())
 SOFTMAX = set("Softmax softmax LogSoftmax log_softmax".split())
 # These and ADAPTIVE are known when they leave one unit: a vector, or a map of 1×1.
 GLOBAL = ADAPTIVE | SOFTMAX | set("Flatten flatten view reshape squeeze mean Linear".split())
@@ -138,8 +139,8 @@ def identify(node: fx.Node, traced: fx.GraphModule) -> tuple[str, str, object]:
         return f"{node.target} {type(module).__name__}", type(module).__name__, module
     kind = getattr(node.target, "__name__", str(node.target))
     inside = list(node.meta.get("nn_module_stack") or [""])[-1]                 # "layer1.0"
-    known = kind in SLIDING and node.normalized_arguments(traced, normalize_to_only_use_kwargs=True)
-    return f"{inside} {node.name}".strip(), kind, SimpleNamespace(**known.kwargs if known else {})
+    bound = kind in SLIDING and node.normalized_arguments(traced, normalize_to_only_use_kwargs=True)
+    return f"{inside} {node.name}".strip(), kind, SimpleNamespace(**bound.kwargs if bound else {})
 
 
 def geometry(kind: str, call, shape: tuple, out: tuple) -> list[tuple[int, int, int, int]]:
@@ -172,7 +173,7 @@ def see(kind: str, windows: list, axes: list[tuple], out: tuple) -> tuple[Axis, 
     else:
         result = tuple(slide(axis, *window, units)
                        for axis, window, units in zip(axes[0], windows, out[1:]))
-    if len(out) != 3 or [len(axis.seen) for axis in result] != [*out[1:]]:
+    if tuple(len(axis.seen) for axis in result) != (out[1:] or (1, 1)):
         raise UserError("is not known here: what its units see cannot be computed")
     return result
 
@@ -196,8 +197,11 @@ def walk(net: nn.Module, input_shape: tuple, probe=False) -> Iterator[Row]:
             value = run.env[node] = spread(run, node, kind, inputs) if probe else run.run_node(node)
             if node.op == "placeholder" and isinstance(value, Tensor):
                 axes[node] = [Axis(1, 1, 0, torch.eye(n).bool()) for n in input_shape[1:]]
-            if not inputs or not isinstance(value, Tensor) or node.op == "output":
+            several = isinstance(value, tuple) and any(isinstance(v, Tensor) for v in value)
+            if not inputs or node.op == "output" or not (several or isinstance(value, Tensor)):
                 continue                             # a weight, or a number such as x.size(0)
+            if several:
+                raise UserError("returns several tensors, which is not known here")
             if len(value) != len(images):
                 raise UserError(f"turns 1 image into {len(value)}: see torch.flatten(x, 1)")
             out = tuple(value.shape[1:])
@@ -277,10 +281,10 @@ def diagnose(error: Exception, kind: str, call, shapes: list, latest_map: tuple)
     shape = shapes[0] if shapes else ()
     setting = {"Conv2d": "in_channels", "Linear": "in_features"}.get(kind, "num_features")
     wants = getattr(call, setting, None)
-    if isinstance(error, UserError):
-        return str(error)
     if kind == "Linear" and len(shape) > 1:
         return f"wants a vector, got the map {times(shape)}: put nn.Flatten() before it"
+    if isinstance(error, UserError):
+        return str(error)
     if kind == "Linear" and shape[0] == math.prod(latest_map):
         channels, height, width = latest_map
         side = math.isqrt(wants // channels)
@@ -289,8 +293,8 @@ def diagnose(error: Exception, kind: str, call, shapes: list, latest_map: tuple)
                 f"{map_text * (channels * side * side == wants)}. Write {setting}={shape[0]}, or "
                 "change the size of the image")
     if wants and wants != shape[0]:
-        return (f"wants {wants} channels, got {shape[0]} ({times(shape)}). Write {setting}="
-                f"{shape[0]}, or change what comes before")
+        return (f"wants {wants}-{setting[:-1].split('_')[1]} input, got {times(shape)}. Write "
+                f"{setting}={shape[0]}, or change what comes before")
     if kind in SLIDING and len(shape) == 3:
         windows = geometry(kind, call, shape, ())
         reach = [(k - 1) * d + 1 for k, _, _, d in windows]

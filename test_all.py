@@ -11,6 +11,7 @@ import inspect
 import json
 import math
 import os
+import random
 import re
 import signal
 import subprocess
@@ -22,6 +23,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+import torchvision
 from PIL import Image
 from torch import nn
 from torchvision import transforms
@@ -617,6 +619,309 @@ def test_a_checkpoint_of_another_network_is_refused(tmp_path, monkeypatch, capsy
     (tmp_path / "001/config.json").write_text(json.dumps(config | {"model": "n1"}))
     code, _, error = run_main(monkeypatch, capsys, train, "--resume", tmp_path / "001")
     assert code == 2 and "does not fit the network 'n1'" in error and error.count("\n") == 1
+
+
+# ---- rf.py ------------------------------------------------------------------------------------
+
+
+def random_layer(rng: random.Random, size: list[int]) -> nn.Module:
+    """A 1-channel layer that fits `size`, its settings drawn for height and for width."""
+    while True:
+        kernel, stride, dilation = ([rng.choice(choice) for _ in size]
+                                    for choice in ((1, 2, 3, 3, 5), (1, 1, 2, 3), (1, 1, 2)))
+        padding = [rng.randint(0, k // 2) for k in kernel]
+        if all(n + 2 * p > d * (k - 1) + s
+               for n, k, s, p, d in zip(size, kernel, stride, padding, dilation)):
+            break
+    if rng.random() < 0.3:
+        return nn.MaxPool2d(kernel, stride, padding, dilation, ceil_mode=rng.random() < 0.5)
+    return nn.Conv2d(1, 1, kernel, stride, padding, dilation)
+
+
+def seen_by_brute_force(net: nn.Module, height: int, width: int) -> torch.Tensor:
+    """units×units×H×W, with one pixel lit at a time and nothing of rf.py: weights are positive and
+    numbers exact enough that a sum of light is positive and a sum of darkness 0."""
+    net = net.double()
+    for name, weights in net.named_parameters():
+        weights.data.fill_(0 if name.endswith("bias") else 1)
+    pixels = torch.eye(height * width, dtype=torch.double).view(-1, 1, height, width)
+    with torch.no_grad():
+        return (net(pixels)[:, 0] > 1e-9).permute(1, 2, 0).unflatten(2, (height, width))
+
+
+def count_units_that_obey_the_formula(row, input_shape) -> int:
+    """Where the border cuts nothing off, unit i sees from first + i·jump on `size` pixels; else
+    less. Returns how many were not cut."""
+    uncut = 0
+    for axis, pixels in zip(row.axes, input_shape[1:]):
+        for unit, seen in enumerate(axis.seen):
+            begin, where = axis.first + unit * axis.jump, seen.nonzero().flatten().tolist()
+            end = begin + axis.size - 1
+            if axis.jump and 0 <= begin and end < pixels:
+                assert (where[0], where[-1]) == (begin, end)
+                uncut += 1
+            assert not axis.jump or not where or begin <= where[0] <= where[-1] <= end
+    return uncut
+
+
+def test_the_recurrences_give_the_windows_that_brute_force_finds_in_random_chains():
+    rng, uncut = random.Random(0), 0
+    for _ in range(40):
+        shape = (1, rng.randint(9, 17), rng.randint(9, 17))
+        net, size = nn.Sequential(), shape[1:]
+        while len(net) < 4 and min(size) > 4:
+            net.append(random_layer(rng, size))
+            size = net(torch.zeros(1, *shape)).shape[2:]
+        for depth, row in enumerate(rf.walk(net, shape), 1):
+            (_, _, _, down), (_, _, _, across) = row.axes
+            truth = seen_by_brute_force(net[:depth], *shape[1:])
+            assert torch.equal(down[:, None, :, None] & across[None, :, None, :], truth), net
+            uncut += count_units_that_obey_the_formula(row, shape)
+    assert uncut > 500
+
+
+class Add(nn.Module):
+    def __init__(self, *branches):
+        super().__init__()
+        self.branches = nn.ModuleList(branches)
+
+    def forward(self, x):
+        return sum(branch(x) for branch in self.branches)
+
+
+def test_a_sum_sees_the_union_of_what_its_branches_see():
+    rng = random.Random(1)
+    for _ in range(15):
+        stride, kernel = rng.choice((1, 2)), rng.choice((3, 5))
+        net = nn.Sequential(
+            nn.Conv2d(1, 1, (3, 1), padding=(1, 0)),
+            Add(nn.Sequential(nn.Conv2d(1, 1, kernel, stride, kernel // 2),
+                              nn.Conv2d(1, 1, 3, padding=(2, 1), dilation=(2, 1))),
+                nn.Conv2d(1, 1, 1, stride)),
+            nn.MaxPool2d(2),
+            Add(nn.Conv2d(1, 1, 3, padding=1), nn.Identity(), nn.Conv2d(1, 1, (1, 5), padding=(0, 2))))
+        rows, truth = list(rf.walk(net, (1, 15, 17))), seen_by_brute_force(net, 15, 17)
+        assert torch.equal(rows[-1].axes[0].seen, truth.any(3).any(1))
+        assert torch.equal(rows[-1].axes[1].seen, truth.any(2).any(0))
+        assert sum(count_units_that_obey_the_formula(row, (1, 15, 17)) for row in rows) > 50
+
+
+@pytest.mark.parametrize("name", model.NETWORKS)
+def test_what_every_unit_of_every_network_sees_is_what_was_computed(name):
+    shape = model.INPUT_SHAPES[name]
+    for row in rf.walk(model.build(name), shape, probe=True):
+        assert all(torch.equal(axis.seen, found) for axis, found in zip(row.axes, row.measured)), row
+        count_units_that_obey_the_formula(row, shape)
+
+
+def test_light_exposes_a_wrong_formula(monkeypatch):
+    right = rf.slide
+    monkeypatch.setattr(rf, "slide", lambda axis, kernel, stride, padding, dilation, units:
+                        right(axis, kernel, stride, padding, 1, units))          # forgets dilation
+    net = nn.Sequential(nn.Conv2d(1, 1, 3, padding=2, dilation=2))
+    assert "✗" in rf.table(list(rf.walk(net, (1, 9, 9), probe=True)))
+
+
+def local_sizes(net, shape, kinds=("Conv2d", "Pool2d")):
+    return [row.axes[0].size for row in rf.walk(net, shape) if row.axes[0].jump
+            and row.name.endswith(kinds)]
+
+
+def test_the_notes_windows_are_right_for_n3_and_the_last_one_of_n2_is_22_not_18():
+    assert local_sizes(model.build("n3"), (1, 28, 28)) == [3, 5, 6, 10, 14, 16, 24, 32]
+    assert local_sizes(model.build("n2"), (1, 28, 28))[-1] == 22
+    assert "| 18 | 22 |" in rf.slips() and "| 18,746 | 19,344 |" in rf.slips()
+
+
+def test_three_3x3_convolutions_see_as_far_as_one_7x7():
+    assert local_sizes(nn.Sequential(*[nn.Conv2d(1, 1, 3) for _ in range(3)]), (1, 9, 9)) == [3, 5, 7]
+
+
+@pytest.mark.parametrize("name, size", [("alexnet", 195), ("vgg16", 212), ("inception_v3", 1311)])
+def test_receptive_fields_of_well_known_networks_are_the_published_ones(name, size):
+    # Araujo, Norris and Sim (Distill, 2019), last pooling or last module.
+    with torch.device("meta"):
+        net = rf.from_torchvision(name)
+    assert rf.last_map(list(rf.walk(net, (3, 224, 224)))).axes[0].size == size
+
+
+def test_resnet50_sees_483_pixels_as_published_but_427_with_the_strides_where_torchvision_puts_them():
+    # The paper's blocks step in their first 1x1 convolution, torchvision's in the 3x3 after it: the
+    # 3x3 then still works on the finer map, and adds half as much.
+    with torch.device("meta"):
+        net = torchvision.models.resnet50()
+    assert max(local_sizes(net, (3, 224, 224))) == 427
+    for block in net.modules():
+        if hasattr(block, "conv3"):
+            block.conv1.stride, block.conv2.stride = block.conv2.stride, (1, 1)
+    assert max(local_sizes(net, (3, 224, 224))) == 483
+
+
+@pytest.mark.parametrize("name", ["resnet18", "googlenet", "densenet121", "mobilenet_v2",
+                                  "mobilenet_v3_small", "squeezenet1_1"])
+def test_torchvisions_branches_concatenations_and_gates_are_followed_to_the_end(name):
+    net = rf.from_torchvision(name)
+    rows = list(rf.walk(net, (3, 64, 64)))
+    assert rows[-1].shape == (1000,) and rows[-1].axes[0].jump == 0
+    assert sum(row.parameters for row in rows) == model.count_parameters(net)
+
+
+def test_a_squeeze_and_excite_gate_makes_every_unit_global_and_light_confirms_it():
+    with torch.device("meta"):
+        features = torchvision.models.mobilenet_v3_small().features[:3]
+    features = features.to_empty(device="cpu")
+    rows = list(rf.walk(features, (3, 32, 32), probe=True))
+    assert "✗" not in rf.table(rows) and rows[-1].axes[0].jump == 0
+    assert ["joins" in row.note for row in rows].count(True) == 1
+
+
+def test_resnet18_costs_1_8_billion_multiply_adds_and_a_convolution_what_its_definition_says():
+    with torch.device("meta"):
+        net = torchvision.models.resnet18()
+    assert sum(row.multiply_adds for row in rf.walk(net, (3, 224, 224))) == 1_814_073_344
+    (row,) = rf.walk(nn.Sequential(nn.Conv2d(8, 16, (3, 5), groups=4)), (8, 10, 12))
+    assert row.multiply_adds == 16 * 8 * 8 * (8 // 4) * 3 * 5
+
+
+class Functional(nn.Module):
+    """Written in functions, like PyTorch's own MNIST example."""
+
+    def __init__(self, features):
+        super().__init__()
+        self.conv1, self.conv2 = nn.Conv2d(1, 10, 5), nn.Conv2d(10, 20, 5)
+        self.fc1, self.fc2 = nn.Linear(features, 50), nn.Linear(50, 10)
+
+    def forward(self, x):
+        x = F.relu(F.max_pool2d(self.conv1(x), 2))
+        x = F.relu(F.max_pool2d(self.conv2(x), 2))
+        x = F.dropout(F.relu(self.fc1(x.view(x.size(0), -1))), training=self.training)
+        return F.log_softmax(self.fc2(x), dim=1)
+
+
+def test_a_forward_pass_written_in_functions_is_followed_and_measured():
+    table = rf.table(list(rf.walk(Functional(320), (1, 28, 28), probe=True)))
+    assert table.count("✓") == 8 and "✗" not in table
+    assert local_sizes(Functional(320), (1, 28, 28), ("Conv2d", "d", "1")) == [5, 6, 14, 16]
+
+
+# ---- The shape debugger -----------------------------------------------------------------------
+
+
+class Cat(nn.Module):
+    def __init__(self, padding):
+        super().__init__()
+        self.a, self.b = nn.Conv2d(1, 4, 3, padding=1), nn.Conv2d(1, 4, 3, padding=padding)
+
+    def forward(self, x):
+        return torch.cat([self.a(x), self.b(x)], 1)
+
+
+MISTAKES = {
+    "features": (model.n2(), (1, 20, 20), "11 Linear wants 400 features, got 144 = 16×3×3: the map is "
+                 "3×3, not 5×5. Write in_features=144, or change the size of the image"),
+    "not flat": (nn.Sequential(nn.Conv2d(1, 4, 3), nn.Linear(400, 10)), (1, 12, 12),
+                 "1 Linear wants a vector, got the map 4×10×10: put nn.Flatten() before it"),
+    "by luck": (nn.Sequential(nn.Conv2d(1, 4, 3), nn.Linear(10, 10)), (1, 12, 12),
+                "1 Linear wants a vector, got the map 4×10×10"),           # PyTorch would accept it
+    "channels": (nn.Sequential(nn.Conv2d(1, 4, 3), nn.Conv2d(8, 4, 3)), (1, 12, 12),
+                 "1 Conv2d wants 8-channel input, got 4×10×10. Write in_channels=4"),
+    "image": (model.tiny(), (3, 32, 32), "0.0 Conv2d wants 1-channel input, got 3×32×32"),
+    "norm": (nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(8)), (1, 12, 12),
+             "1 BatchNorm2d wants 8-feature input, got 4×10×10"),
+    "kernel": (nn.Sequential(nn.MaxPool2d(4), nn.Conv2d(1, 4, 3, dilation=2, padding=1)), (1, 8, 8),
+               "1 Conv2d has a 5×5 window, but the map is 2×2, with padding 4×4. Pool less"),
+    "pool": (nn.Sequential(nn.Conv2d(1, 4, 5), nn.MaxPool2d(2)), (1, 5, 5),
+             "1 MaxPool2d has a 2×2 window, but the map is 1×1"),
+    "branches": (Cat(0), (1, 9, 9), "cat cannot join 4×9×9 and 4×7×7"),
+    "view": (Functional(20 * 2 * 2), (1, 28, 28), "fc1 Linear wants 80 features, got 320 = 20×4×4: the "
+             "map is 4×4, not 2×2"),
+    "unknown": (nn.Sequential(nn.Conv2d(1, 4, 3), nn.Sequential(nn.PixelShuffle(2))), (1, 9, 9),
+                "1.0 PixelShuffle is not known here"),
+    "irregular": (nn.Sequential(nn.AdaptiveAvgPool2d(3)), (1, 8, 8),
+                  "0 AdaptiveAvgPool2d needs windows of unequal size from 1×8×8 to 1×3×3"),
+    "tuple": (nn.Sequential(nn.MaxPool2d(2, return_indices=True)), (1, 8, 8),
+              "0 MaxPool2d returns several tensors"),
+    "reflect": (nn.Sequential(nn.Conv2d(1, 4, 3, padding=1, padding_mode="reflect")), (1, 8, 8),
+                "0 Conv2d has padding_mode='reflect', which is not known here"),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_the_debugger_names_the_layer_what_it_got_and_what_it_wanted(mistake, capsys):
+    net, shape, message = MISTAKES[mistake]
+    problem = rf.explain(net, shape)
+    said = capsys.readouterr()
+    assert problem.startswith(message) and said.err == f"error: {problem}\n"
+    assert said.out.startswith("layer") and " ".join(problem.split()[:2]) not in said.out
+
+
+def test_a_view_that_mixes_images_is_a_mistake_though_no_layer_complains():
+    class Mix(nn.Module):
+        def forward(self, x):
+            return x.view(-1, 32)
+
+    assert rf.explain(Mix(), (1, 8, 8)) == "view turns 1 image into 2: see torch.flatten(x, 1)"
+
+
+def test_branches_at_different_steps_have_no_common_window():
+    class Broadcast(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.gate = nn.Conv2d(1, 1, 5)
+
+        def forward(self, x):
+            return x * self.gate(x)
+
+    assert "out of step: 1 units at jump 1 and 5 units at jump 1" in rf.explain(Broadcast(), (1, 5, 5))
+
+
+def test_a_control_flow_that_torch_fx_cannot_follow_is_said_in_one_line():
+    class Branching(nn.Module):
+        def forward(self, x):
+            return x if x.sum() > 0 else -x
+
+    assert rf.explain(Branching(), (1, 8, 8)).startswith("torch.fx cannot follow Branching: ")
+
+
+def test_an_uneven_halving_is_a_note_and_not_an_error(capsys):
+    assert rf.explain(nn.Sequential(nn.MaxPool2d(2)), (1, 7, 8)) is None
+    assert "note: 0 MaxPool2d: steps of 2 do not divide 1×7×8 evenly" in capsys.readouterr().out
+    assert rf.explain(nn.Sequential(nn.MaxPool2d(2, ceil_mode=True)), (1, 7, 8)) is None
+    assert "note" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("flags", [["--input", "1x20"], ["--input", "1x0x20"], ["--input", "1x99999x9"],
+                                   ["--model", "n9"], ["--torchvision", "resnet5"],
+                                   ["--torchvision", "fasterrcnn_resnet50_fpn"], ["--run", "nowhere"],
+                                   ["--input", "3x28x28"], ["--model", "n1", "--input", "1x6x6"]])
+def test_rf_turns_impossible_wishes_into_one_line_and_exit_code_2(flags, capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["rf.py", *flags])
+    with pytest.raises(SystemExit) as exit:
+        data.run_command(rf.main)
+    assert exit.value.code == 2 and capsys.readouterr().err.count("\n") == 1
+
+
+# ---- The effective receptive field ------------------------------------------------------------
+
+
+def test_no_pixel_outside_the_computed_window_moves_the_centre_unit():
+    torch.manual_seed(0)
+    net = model.build("n2")
+    row = rf.last_map(list(rf.walk(net, (1, 28, 28))))
+    mass = rf.effective_field(net, torch.randn(8, 1, 28, 28), row.name.split()[0])
+    down, across = (axis.seen[len(axis.seen) // 2] for axis in row.axes)
+    inside = down[:, None] & across
+    assert mass[~inside].abs().max() == 0 and math.isclose(mass[inside].sum(), 1, rel_tol=1e-5)
+
+
+def test_the_effective_field_is_drawn_for_a_fresh_network_when_there_is_no_run(
+        tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["rf.py", "--erf", "--model", "tiny", "--data", "synthetic"])
+    rf.main()
+    said = capsys.readouterr().out
+    assert "fresh: half of the gradient" in said and "fresh only" in said
+    assert [path.name for path in tmp_path.iterdir()] == ["rf.png"]
 
 
 # ---- analyze.py -------------------------------------------------------------------------------

@@ -54,10 +54,12 @@ def nll_loss(logits: Tensor, labels: Tensor, label_smoothing=0.0) -> Tensor:
 LOSSES = {"cross-entropy": F.cross_entropy, "nll": nll_loss}
 
 # ---- Optimizers and schedules -----------------------------------------------------------------
-# The defaults lie in the ranges that work for most networks: sgd 1e-3 to 1e-1 with weight decay
-# 1e-4 to 5e-4, the Adams 3e-4 to 1e-3. With OneCycle the rate given is its maximum.
+# Two default rates an optimizer. The first is for schedules that start with it, and lies in the
+# range that the lecture gives for most networks (sgd 1e-3 to 1e-1, the Adams 3e-4 to 1e-3). The
+# second is OneCycle's maximum: it is reached for a moment only, so it may be a good deal larger,
+# and should be. `python lr_finder.py` measures where it lies for another network or batch size.
 
-DEFAULT_LR = {"sgd": 0.1, "adam": 1e-3, "adamw": 1e-3, "rmsprop": 1e-3}
+DEFAULT_LR = {"sgd": (0.05, 0.2), "adam": (1e-3, 1e-2), "adamw": (1e-3, 1e-2), "rmsprop": (1e-3, 3e-3)}
 DEFAULT_WEIGHT_DECAY = {"sgd": 5e-4, "adam": 0.0, "adamw": 1e-2, "rmsprop": 0.0}
 SCHEDULES = ("none", "step", "cosine", "onecycle", "plateau")
 
@@ -434,7 +436,7 @@ def open_run(args, parser) -> tuple[dict, Path | None]:
     if args.resume is None:
         config = make_config(args)
         if config["lr"] is None:
-            config["lr"] = DEFAULT_LR[args.opt]
+            config["lr"] = DEFAULT_LR[args.opt][args.sched == "onecycle"]
         if args.sched == "plateau" and not config["val"]:
             config["val"] = 5000             # plateau watches held-out images
             print("--sched plateau watches the loss of held-out images: --val 5000")
