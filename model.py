@@ -245,7 +245,7 @@ def n3() -> nn.Sequential:
 
 
 def cifar() -> nn.Sequential:
-    """The lecture's CIFAR-10 network, for 3×32×32 images. 27% of its parameters are the last layer."""
+    """The lecture's CIFAR-10 network, for 3×32×32 images. A quarter of it is the last layer."""
     return nn.Sequential(
         block(3, 32, 5, 2, bias=True),                 # 32×32×32   RF 5        2,496
         block(32, 64, bias=True),                      # 64×32×32   RF 7       18,624

@@ -1,7 +1,7 @@
 """The project's facts, each a test whose name is a sentence. Read it as a list of lessons.
 
     python -m pytest test_all.py                                    everything; no network, no MNIST
-    SPEED=1 python -m pytest -s test_all.py -k faster               the speed comparisons of the README
+    SPEED=1 python -m pytest -s test_all.py -k faster               the README's speed comparisons
 
 Synthetic digits stand in for MNIST; the tests that need the real one use it where it is found
 (data/ or ../shared/) and say why they are skipped elsewhere.
@@ -37,8 +37,9 @@ import rf
 import train
 
 HERE = Path(__file__).parent
-MNIST = next((d for d in (HERE / "data", HERE.parent / "shared") if (d / "MNIST/raw").is_dir()), None)
-needs_mnist = pytest.mark.skipif(MNIST is None, reason="MNIST is neither in data/ nor in ../shared/")
+PLACES = HERE / "data", HERE.parent / "shared"
+MNIST = next((folder for folder in PLACES if (folder / "MNIST/raw").is_dir()), None)
+needs_mnist = pytest.mark.skipif(MNIST is None, reason="MNIST is not in data/ or ../shared/")
 
 
 @pytest.fixture(scope="module")
@@ -78,9 +79,9 @@ def fake_mnist(folder, monkeypatch):
     """Four tiny IDX files, made official for one test by setting their MD5s."""
     (folder / "MNIST/raw").mkdir(parents=True)
     for name in data.MNIST_MD5:
-        images = "images" in name
-        content = bytes([0, 0, 8, 3 if images else 1]) + np.array([5, 28, 28][:3 if images else 1], ">i4").tobytes()
-        content += bytes(5 * 784 if images else 5)
+        shape = (5, 28, 28) if "images" in name else (5,)
+        content = (bytes([0, 0, 8, len(shape)]) + np.array(shape, ">i4").tobytes()
+                   + bytes(math.prod(shape)))
         monkeypatch.setitem(data.MNIST_MD5, name, data.hashlib.md5(content).hexdigest())
         (folder / "MNIST/raw" / name).write_bytes(content)
     return folder / "MNIST/raw"
@@ -106,7 +107,8 @@ def test_a_damaged_file_is_named_and_fetched_again(tmp_path, monkeypatch, capsys
 
     def npm_works(folder):
         for name in data.MNIST_MD5:
-            (folder / name).write_bytes(good if "train-labels" in name else (raw / name).read_bytes())
+            content = good if "train-labels" in name else (raw / name).read_bytes()
+            (folder / name).write_bytes(content)
         return folder
     monkeypatch.setattr(data, "from_torchvision", torchvision_is_down)
     monkeypatch.setattr(data, "from_npm", npm_works)
@@ -125,7 +127,7 @@ def test_when_no_source_answers_the_message_says_what_to_do(tmp_path, monkeypatc
         data.load("mnist", tmp_path)
     for needed in ("timed out", "t10k-labels-idx1-ubyte", "--data synthetic"):
         assert needed in str(error.value)
-    assert [p.name for p in tmp_path.rglob("*") if p.is_file()] == []      # nothing half-done is left
+    assert not [path for path in tmp_path.rglob("*") if path.is_file()]     # nothing half-done
 
 
 def test_an_interrupted_write_leaves_the_old_file(tmp_path):
@@ -143,7 +145,8 @@ def test_an_interrupted_write_leaves_the_old_file(tmp_path):
 
 def test_a_batch_is_an_index_select_and_an_epoch_shows_every_image_once(digits):
     images = torch.arange(10, dtype=torch.uint8).view(10, 1, 1, 1)
-    seen = [(x.flatten().tolist(), y.tolist()) for x, y in data.batches(images, torch.arange(10), 4)]
+    seen = [(x.flatten().tolist(), y.tolist())
+            for x, y in data.batches(images, torch.arange(10), 4)]
     assert [len(x) for x, _ in seen] == [4, 4, 2] and all(x == y for x, y in seen)
     assert sorted(sum((x for x, _ in seen), [])) == list(range(10))
 
@@ -177,7 +180,7 @@ def test_cropping_22_and_resizing_to_28_is_a_zoom(digits):
     zoom = data.affine_matrices(torch.zeros(20), torch.zeros(20, 2), torch.full((20,), 28 / 22),
                                 torch.zeros(20))
     theirs = TF.resize(TF.center_crop(x, 22), [28, 28], antialias=False)
-    inner = (..., slice(1, -1), slice(1, -1))        # at the crop's edge theirs repeats the last pixel
+    inner = (..., slice(1, -1), slice(1, -1))      # at the crop's edge theirs repeats a pixel
     assert (data.warp(x, zoom) - theirs)[inner].abs().max() < 1e-4
 
 
@@ -224,15 +227,15 @@ class OneByOne(torch.utils.data.Dataset):
     """The usual way: each image is unpacked, varied by PIL and packed again, on its own."""
 
     def __init__(self, images, labels, mean, std, *varied):
-        self.pictures, self.labels = [Image.fromarray(x[0].numpy()) for x in images], labels
+        self.images, self.labels = images[:, 0], labels
         self.transform = transforms.Compose([*varied, transforms.ToTensor(), transforms.Normalize(
             mean.flatten().tolist(), std.flatten().tolist())])
 
     def __len__(self):
-        return len(self.pictures)
+        return len(self.images)
 
-    def __getitem__(self, i):
-        return self.transform(self.pictures[i]), self.labels[i]
+    def __getitem__(self, i):                                   # what torchvision's MNIST does
+        return self.transform(Image.fromarray(self.images[i].numpy())), int(self.labels[i])
 
 
 def seconds(work, repeats=5):
@@ -257,8 +260,8 @@ def test_a_batch_at_a_time_is_ten_times_faster_than_an_image_at_a_time(digits):
         lambda: [data.normalize(data.augment(x), digits.mean, digits.std)
                  for x, _ in data.batches(images, labels, 128)],
         lambda: [usual[i] for i in range(len(usual))]])
-    print(f"\naugmentation: {2560 / ours:,.0f} images/s a batch at a time, {2560 / theirs:,.0f} one by "
-          f"one: {theirs / ours:.0f} times")
+    print(f"\naugmentation: {2560 / ours:,.0f} images/s a batch at a time, "
+          f"{2560 / theirs:,.0f} one by one: {theirs / ours:.0f} times")
     assert 2560 / ours > 100_000 and theirs / ours > 10
 
 
@@ -281,7 +284,8 @@ def test_an_epoch_is_faster_without_a_data_loader(digits):
         net = model.build(name).to(memory_format=torch.channels_last)
         optimizer = train.make_optimizer("sgd", net, 0.01, 1e-4)
         scheduler = train.make_scheduler("none", optimizer, 1, 1)
-        train.train_epoch(net, model.build(name), small, optimizer, scheduler, batch_size, preset=preset)
+        train.train_epoch(net, model.build(name), small, optimizer, scheduler, batch_size,
+                          preset=preset)
     loader, n3, default = seconds([with_loader, lambda: with_ours("n3", 512, "n3"),
                                    lambda: with_ours("default", 128, "default")])
     print(f"\na whole epoch would take: N3 one by one {12 * loader:.1f} s; N3 ours {12 * n3:.1f} s "
@@ -310,7 +314,8 @@ def test_a_network_has_the_parameters_it_says_and_returns_ten_logits(name):
 def test_the_comment_on_each_layer_line_is_what_the_layer_does(name):
     """Output shape, receptive field and parameter count, recomputed from the modules."""
     net = model.build(name).eval()
-    said = re.findall(r"# ([\d×]+) +RF (\d+|all) +([\d,]+)$", inspect.getsource(model.NETWORKS[name]), re.M)
+    source = inspect.getsource(model.NETWORKS[name])
+    said = re.findall(r"# ([\d×]+) +RF (\d+|all) +([\d,]+)$", source, re.M)
     rows = list(rf.walk(net, model.INPUT_SHAPES[name]))
     assert len(said) == len(net)
     for index, (shape, field, parameters) in enumerate(said):
@@ -397,7 +402,7 @@ def test_evaluation_weights_a_short_last_batch_by_its_size(digits):
     parts = analyze.evaluate(net, images, labels, digits.mean, digits.std, batch_size=33)
     assert parts["loss"] == pytest.approx(whole["loss"], abs=1e-6)
     assert parts["accuracy"] == whole["accuracy"]
-    assert net.training                                         # the caller's mode is left as it was
+    assert net.training                                         # the caller's mode is left alone
 
 
 def test_training_and_evaluation_mode_differ(digits):
@@ -477,7 +482,8 @@ def rates(name, epochs, steps_per_epoch, lr=0.1, losses=None):
 
 
 def test_n3s_recipe_gives_n3s_printed_learning_rates():
-    assert [round(lr, 6) for lr in rates("onecycle", 15, 118)[:4]] == [0.028123, 0.076246, 0.1, 0.098267]
+    after_epochs = [round(lr, 6) for lr in rates("onecycle", 15, 118)]
+    assert after_epochs[:4] == [0.028123, 0.076246, 0.1, 0.098267]
 
 
 def test_schedules_are_their_formulas():
@@ -489,11 +495,10 @@ def test_schedules_are_their_formulas():
     assert rates("plateau", 6, 1, losses=[1, 2, 2, 2, 2, 2]) == [0.1, 0.1, 0.1, 0.05, 0.05, 0.05]
 
     def onecycle(step, total=100, start=0.1 / 25, peak=0.1, end=0.1 / 25 / 1e4):
-        top = 0.2 * total - 1                                   # the step at which the peak is reached
+        top = 0.2 * total - 1                                   # the step that reaches the peak
         a, b, share = (start, peak, step / top) if step <= top else (
             peak, end, (step - top) / (total - 1 - top))
         return b + (a - b) * (1 + math.cos(math.pi * share)) / 2
-    assert rates("onecycle", 99, 1)[:0] == []
     optimizer = torch.optim.SGD(nn.Linear(1, 1).parameters(), lr=0.1)
     scheduler = train.make_scheduler("onecycle", optimizer, 10, 10)
     for step in range(100):
@@ -543,8 +548,9 @@ def test_three_short_epochs_learn_synthetic_digits_and_leave_everything_behind(
     finals = [float(a) for a in re.findall(r"synthetic: ([\d.]+)% of 2,000 test images", text)]
     assert len(finals) == 2 and min(finals) > 90
     assert f"mean {sum(finals) / 2:.3f}%" in text
-    assert re.search(r"Train: Loss=\d\.\d{4} Batch_id=23 LR=0\.\d{6} Accuracy=\d\d\.\d\d \(synthetic\)", text)
-    assert re.search(r"Test set: Average loss: \d\.\d{4}, Accuracy: \d+/2000 \(\d\d\.\d\d%\) \(synthetic\)", text)
+    assert re.search(r"Train: Loss=\d\.\d{4} Batch_id=23 LR=0\.\d{6} Accuracy=\d\d\.\d\d "
+                     r"\(synthetic\)\nTest set: Average loss: \d\.\d{4}, Accuracy: \d+/2000 "
+                     r"\(\d\d\.\d\d%\) \(synthetic\)\n", text)
     run_main(monkeypatch, capsys, train, *SHORT, "--epochs", 1, "--out", out)
     assert sorted(p.name for p in out.iterdir()) == ["001", "002", "003"]   # nothing is overwritten
 
@@ -577,7 +583,8 @@ def test_ctrl_c_says_how_to_go_on_and_exits_with_130(tmp_path):
 
 def test_a_loss_that_explodes_stops_the_run_and_keeps_the_checkpoint(tmp_path, monkeypatch, capsys):
     code, _, error = run_main(monkeypatch, capsys, train, *SHORT, "--lr", 1e12, "--out", tmp_path)
-    assert code == 2 and re.search(r"epoch 1: the loss is (nan|inf) at batch \d+, lr .*lower --lr", error)
+    assert code == 2
+    assert re.search(r"epoch 1: the loss is (nan|inf) at batch \d+, lr .*lower --lr", error)
     assert (tmp_path / "001/checkpoint.pt").exists()
 
 
@@ -601,7 +608,8 @@ WRONG_INPUT = [
 
 
 @pytest.mark.parametrize("flags,expected", WRONG_INPUT, ids=lambda x: None)
-def test_wrong_input_gets_one_clear_line_and_exit_code_2(flags, expected, monkeypatch, capsys, tmp_path):
+def test_wrong_input_gets_one_clear_line_and_exit_code_2(flags, expected, monkeypatch, capsys,
+                                                         tmp_path):
     out = () if "--out" in flags or "--resume" in flags else ("--out", tmp_path)
     code, _, error = run_main(monkeypatch, capsys, train, *flags, *out)
     assert code == 2 and expected in error and error.count("\n") == 1 and "Traceback" not in error
@@ -1206,7 +1214,7 @@ def test_a_new_optimizer_at_each_step_hides_what_momentum_does():
 
 
 def curve_with(noise=0.0, seed=0):
-    """200 rates and a loss that is flat, falls from 2.3 to 1.0 around 1e-2, and explodes after 1."""
+    """200 rates; a loss that is flat, falls from 2.3 to 1.0 around 1e-2, and explodes after 1."""
     rates = [1e-6 * 1.1 ** i for i in range(200)]
     generator = np.random.default_rng(seed)
     losses = [2.3 - 1.3 / (1 + (1e-2 / r) ** 1.5) + 2 * max(0.0, math.log10(r)) ** 2
@@ -1217,7 +1225,8 @@ def curve_with(noise=0.0, seed=0):
 def test_the_recommended_rate_barely_moves_under_noise_where_the_steepest_point_jumps():
     clean = lr_finder.pick_rates(*curve_with())["valley"]
     noisy = [lr_finder.pick_rates(*curve_with(0.1, seed)) for seed in range(20)]
-    spread = {name: max(abs(math.log10(p[name] / clean)) for p in noisy) for name in ("valley", "steepest")}
+    spread = {name: max(abs(math.log10(picks[name] / clean)) for picks in noisy)
+              for name in ("valley", "steepest")}
     assert spread["valley"] < 0.2 < spread["steepest"]
 
 
@@ -1227,7 +1236,8 @@ def test_a_single_spike_does_not_move_the_recommendation(where, value):
     rates, losses = curve_with()
     clean = lr_finder.pick_rates(rates, losses)["valley"]
     losses[where] = value
-    assert abs(math.log(lr_finder.pick_rates(rates, losses)["valley"] / clean)) <= math.log(1.1) + 1e-9
+    moved = lr_finder.pick_rates(rates, losses)["valley"] / clean
+    assert abs(math.log(moved)) <= math.log(1.1) + 1e-9         # by one step of the sweep at most
 
 
 def test_picks_survive_nan_and_curves_without_a_descent_have_none():
@@ -1237,7 +1247,7 @@ def test_picks_survive_nan_and_curves_without_a_descent_have_none():
     assert lr_finder.pick_rates(rates, [2.3] * 200) == {}                    # flat
     assert lr_finder.pick_rates(rates, [2.3 + 0.01 * i for i in range(200)]) == {}   # only rises
     assert lr_finder.pick_rates([], []) == {} == lr_finder.pick_rates([1e-6], [math.nan])
-    falling = lr_finder.pick_rates(rates, [2.3 - 0.01 * i for i in range(200)])      # no minimum inside
+    falling = lr_finder.pick_rates(rates, [2.3 - 0.01 * i for i in range(200)])   # to the end
     assert "explosion" not in falling and falling["valley"] < rates[-1]
 
 
@@ -1251,11 +1261,13 @@ def test_the_sweep_puts_everything_back_bit_for_bit(digits):
 
     def everything():
         tensors = [*net.state_dict().values(), *(p.grad for p in net.parameters()),
-                   *(v for s in optimizer.state.values() for v in s.values()), torch.get_rng_state()]
+                   *(v for s in optimizer.state.values() for v in s.values()),
+                   torch.get_rng_state()]
         return [t.clone() for t in tensors], optimizer.param_groups[0]["lr"], net.training
     before = everything()
-    rates, losses = lr_finder.range_test(
-        net, optimizer, lambda: F.cross_entropy(net(data.augment(digits.train[0][:32])), y), steps=20)
+    rates, _ = lr_finder.range_test(
+        net, optimizer, lambda: F.cross_entropy(net(data.augment(digits.train[0][:32])), y),
+        steps=20)
     after = everything()
     assert len(rates) == 20 and before[1:] == after[1:]
     assert len(before[0]) == len(after[0]) and all(map(torch.equal, before[0], after[0]))
@@ -1273,8 +1285,8 @@ QUICK = ("--data", "synthetic", "--limit", 640, "--batch-size", 64)
 
 
 def test_the_range_test_ends_with_the_command_to_go_on_with(monkeypatch, capsys, tmp_path):
-    code, text, _ = run_main(monkeypatch, capsys, lr_finder, *QUICK, "--opt", "adam", "--factor", 1.2,
-                             "--start", 1e-5, "--steps", 80, "--out", tmp_path)
+    code, text, _ = run_main(monkeypatch, capsys, lr_finder, *QUICK, "--opt", "adam", "--factor",
+                             1.2, "--start", 1e-5, "--steps", 80, "--out", tmp_path)
     assert code == 0 and "\x1b" not in text
     assert re.search(r"next: python train.py .*--opt adam .*--lr 0\.\d+", text)
     assert Image.open(tmp_path / "lr_range.png").size[0] >= 600
@@ -1294,13 +1306,13 @@ def test_an_interrupted_search_continues_where_it_was(monkeypatch, capsys, tmp_p
     monkeypatch.setattr(lr_finder, "trial", lambda config, *_: trained.append(config["lr"]) or {
         "accuracy": 90 + math.log10(config["lr"]), "note": ""})
     assert run_main(monkeypatch, capsys, lr_finder, *flags)[0] == 0
-    assert len(trained) == 4 + 2 + 1                            # rungs of 4, 2, 1: nothing is repeated
+    assert len(trained) == 4 + 2 + 1                            # rungs of 4, 2, 1: none repeated
     assert trained[-1] == max(trained)
 
 
 def test_the_grid_flags_a_rate_that_is_too_large(monkeypatch, capsys, tmp_path):
-    code, text, _ = run_main(monkeypatch, capsys, lr_finder, *QUICK, "--grid", "sgd:1e12,0 adam:1e-2,0",
-                             "--out", tmp_path)
+    code, text, _ = run_main(monkeypatch, capsys, lr_finder, *QUICK, "--grid",
+                             "sgd:1e12,0 adam:1e-2,0", "--out", tmp_path)
     assert code == 0 and text.index("adam") < text.index("NaN: the rate is too large")
 
 
@@ -1312,7 +1324,8 @@ def test_the_grid_flags_a_rate_that_is_too_large(monkeypatch, capsys, tmp_path):
     (("--out", __file__), "cannot be a folder"),
     (("--factor", 1.0001, "--steps", 20), "the loss never fell"),
 ], ids=lambda x: None)
-def test_wrong_input_to_the_finder_gets_one_line_too(flags, expected, monkeypatch, capsys, tmp_path):
+def test_wrong_input_to_the_finder_gets_one_line_too(flags, expected, monkeypatch, capsys,
+                                                     tmp_path):
     out = () if "--out" in flags else ("--out", tmp_path)
     code, _, error = run_main(monkeypatch, capsys, lr_finder, *QUICK, *flags, *out)
     assert code == 2 and expected in error and error.count("\n") == 1

@@ -1,15 +1,15 @@
 """Train a network of fewer than 20,000 parameters to read digits, in a loop that fits on a screen.
 
-What it teaches: what happens at each step of training and in which order, what the optimizers and
-the schedules differ in, and how a result is reported: the last epoch, several seeds, mean and spread.
+What it teaches: what happens at each step of training and in which order, in what the optimizers
+and the schedules differ, and how a result is reported: the last epoch, several seeds, mean, spread.
 
-    python train.py                                             the project's own recipe
-    python train.py --opt sgd --sched onecycle --device cuda    the same recipe, on a GPU
-    python train.py --opt adam                                  another optimizer, its own defaults
-    python train.py --runs 5                                    five seeds: a claim is a distribution
-    python train.py --val 10000                                 hold out images to choose things on
-    python train.py --data synthetic --epochs 2                 a first try without a network
-    python train.py --resume runs/001                           go on after Ctrl-C
+    python train.py                                           the project's own recipe
+    python train.py --opt sgd --sched onecycle --device cuda  the same recipe, on a GPU
+    python train.py --opt adam                                another optimizer, its own defaults
+    python train.py --runs 5                                  five seeds: a claim is a distribution
+    python train.py --val 10000                               hold out images to choose things on
+    python train.py --data synthetic --epochs 2               a first try without a download
+    python train.py --resume runs/001                         go on after Ctrl-C
 
 It prints two lines an epoch, then a summary, and saves in a folder of its own (runs/001, runs/002,
 ...): config.json, log.csv, curves.png, checkpoint.pt (to go on from) and weights.pt (the result).
@@ -59,7 +59,8 @@ LOSSES = {"cross-entropy": F.cross_entropy, "nll": nll_loss}
 # second is OneCycle's maximum: it is reached for a moment only, so it may be a good deal larger,
 # and should be. `python lr_finder.py` measures where it lies for another network or batch size.
 
-DEFAULT_LR = {"sgd": (0.05, 0.2), "adam": (1e-3, 1e-2), "adamw": (1e-3, 1e-2), "rmsprop": (1e-3, 3e-3)}
+DEFAULT_LR = {"sgd": (0.05, 0.2), "adam": (1e-3, 1e-2), "adamw": (1e-3, 1e-2),
+              "rmsprop": (1e-3, 3e-3)}
 DEFAULT_WEIGHT_DECAY = {"sgd": 5e-4, "adam": 0.0, "adamw": 1e-2, "rmsprop": 0.0}
 SCHEDULES = ("none", "step", "cosine", "onecycle", "plateau")
 
@@ -158,7 +159,7 @@ def update_average(average: nn.Module, net: nn.Module, ema: float, step: int) ->
 
 
 def make_training(config: dict, data, device):
-    """Fresh (net, average, optimizer, scheduler) for a configuration. The seed fixes the weights."""
+    """Fresh (net, average, optimizer, scheduler) of a configuration; the seed fixes the weights."""
     torch.manual_seed(config["seed"])
     net = build(config["model"], **config["options"])
     if config["dropout"] is not None and not set_dropout(net, config["dropout"]):
@@ -175,8 +176,8 @@ def run_epoch(epoch: int, config: dict, data, net, average, optimizer, scheduler
               sets=("val", "test"), show=lambda *_: None) -> dict:
     """Train one epoch (counted from 1), evaluate the averaged weights, return one row of the log.
 
-    Every epoch starts its own random numbers from (seed, epoch): a resumed run draws the same order,
-    warps and dropout as one that was never interrupted, and no generator has to be saved.
+    Every epoch starts its own random numbers from (seed, epoch): a resumed run draws the same
+    order, warps and dropout as one never interrupted, and no generator has to be saved.
     """
     started = time.perf_counter()
     torch.manual_seed(10_000 * config["seed"] + epoch)
@@ -249,8 +250,8 @@ def load_checkpoint(folder: Path, config: dict, device, net, average, optimizer,
                         f"{str(error).strip().splitlines()[0]}")
 
 
-def train(config: dict, data, device, folder: Path, resume=False) -> dict:
-    """Train to the last epoch, saving after each; return the last row of the log.
+def train(config: dict, data, device, folder: Path, resume=False) -> list[dict]:
+    """Train to the last epoch, saving after each; return the rows of the log.
 
     The last epoch is the result, not the best one: picking the best epoch by its test accuracy, as
     the notes do, makes a choice on the test set, and the maximum of 18 noisy numbers flatters.
@@ -260,8 +261,7 @@ def train(config: dict, data, device, folder: Path, resume=False) -> dict:
     if resume:
         epoch, rows = load_checkpoint(folder, config, device, *training)
         print(f"{folder}: going on after epoch {epoch} of {config['epochs']}")
-    else:
-        save(folder, 0, [], *training)       # so that --resume works from the first moment on
+    save(folder, epoch, rows, *training)     # a run can be resumed from its first moment on
     for epoch in range(epoch + 1, config["epochs"] + 1):
         try:
             rows.append(run_epoch(epoch, config, data, *training,
@@ -273,14 +273,14 @@ def train(config: dict, data, device, folder: Path, resume=False) -> dict:
         print_epoch(rows[-1], data)
     with write_aside(folder / "weights.pt") as path:
         torch.save(average.state_dict(), path)
-    return rows[-1]
+    return rows
 
 
 # ---- What is printed --------------------------------------------------------------------------
 
 
 def progress_line(epoch: int, config: dict, data):
-    """A function that redraws one line while an epoch runs; silent where output is not a terminal."""
+    """A function that redraws one line while an epoch runs; silent where there is no terminal."""
     started, total, drawn = time.perf_counter(), len(data.train[0]), 0.0
 
     def show(seen, loss, accuracy, lr):
@@ -311,12 +311,12 @@ def print_epoch(row: dict, data) -> None:
                   flush=True)
 
 
-def print_summary(row: dict, config: dict, data, folder: Path, seconds: float) -> None:
+def print_summary(rows: list[dict], config: dict, data, folder: Path) -> None:
     net = build(config["model"], **config["options"])
-    count = len(data.test[0])
+    row, count, seconds = rows[-1], len(data.test[0]), sum(row["seconds"] for row in rows)
     errors = count - round(row["test_accuracy"] * count / 100)
     print(f"""
-{data.name}: {row['test_accuracy']:.2f}% of {count:,} test images right after the last epoch, {errors} errors
+{data.name}: {row['test_accuracy']:.2f}% of {count:,} test images right after the last epoch: {errors} errors
 network    {config['model']}, {count_parameters(net):,} parameters
 training   {config['epochs']} epochs in {seconds:.0f} s on {data.mean.device}, seed {config['seed']}
 saved in   {folder}: weights.pt, log.csv, curves.png, config.json, checkpoint.pt
@@ -351,9 +351,9 @@ def add_shared_flags(parser) -> None:
     """The flags that lr_finder.py understands too."""
     add = parser.add_argument
     add("--model", choices=NETWORKS, default="default")
-    add("--head", choices=("conv", "linear"), help="the default network's last layers (default conv)")
-    add("--down", choices=("pool", "stride"), help="how it halves (default pool)")
-    add("--activation", choices=("silu", "relu"), help="what follows its batch norms (default silu)")
+    add("--head", choices=("conv", "linear"), help="the default network's last layers (conv)")
+    add("--down", choices=("pool", "stride"), help="how it halves height and width (pool)")
+    add("--activation", choices=("silu", "relu"), help="what follows its batch norms (silu)")
     add("--data", choices=datasets.NAMES, default="mnist")
     add("--data-dir", default="data", help="where the data set is or will be put")
     add("--augment", choices=datasets.PRESETS, default="default")
@@ -378,13 +378,14 @@ def add_shared_flags(parser) -> None:
 def parse() -> tuple[Parser, argparse.Namespace]:
     parser = Parser(prog="train.py", description="Train a network on MNIST.")
     add_shared_flags(parser)
-    parser.add_argument("--sched", choices=SCHEDULES, default="onecycle")
-    parser.add_argument("--lr", type=number(float, 0, open_low=True),
-                        help="with onecycle the maximum; default: by optimizer")
-    parser.add_argument("--epochs", type=number(int, 1, 9999), default=18)
-    parser.add_argument("--runs", type=number(int, 1), default=1, help="seeds to train, from --seed on")
-    parser.add_argument("--out", type=Path, default=Path("runs"), help="where run folders are made")
-    parser.add_argument("--resume", type=Path, metavar="RUN", help="go on with this run folder")
+    add = parser.add_argument
+    add("--sched", choices=SCHEDULES, default="onecycle")
+    add("--lr", type=number(float, 0, open_low=True),
+        help="with onecycle the maximum; default: by optimizer")
+    add("--epochs", type=number(int, 1, 9999), default=18)
+    add("--runs", type=number(int, 1), default=1, help="how many seeds to train, from --seed on")
+    add("--out", type=Path, default=Path("runs"), help="where run folders are made")
+    add("--resume", type=Path, metavar="RUN", help="go on with this run folder")
     return parser, parser.parse_args()
 
 
@@ -407,7 +408,8 @@ def make_config(args) -> dict:
 
 def pick_device(name: str) -> torch.device:
     """ "auto" takes the fastest there is. Raises UserError for one that is not there."""
-    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(),
+             "cpu": True}
     if name != "auto" and not there[name]:
         working = " and ".join(f"--device {d}" for d, yes in there.items() if yes)
         raise UserError(f"--device {name}: this machine has none; {working} would work")
@@ -417,14 +419,17 @@ def pick_device(name: str) -> torch.device:
 def load_for(config: dict) -> tuple:
     """(data, device) for a configuration, checked against the network and the batch size."""
     device = pick_device(config["device"])
-    if config["deterministic"]:              # warn_only: max pooling's backward is on torch's list of
-        os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"    # suspects, but windows that do not
-        torch.use_deterministic_algorithms(True, warn_only=True)     # overlap never collide
+    if config["deterministic"]:
+        os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
+        # Warnings only: torch suspects max pooling's backward, whose sums may come in any order.
+        # Our windows do not overlap, so there are no sums.
+        torch.use_deterministic_algorithms(True, warn_only=True)
     data = datasets.load(config["data"], config["data_dir"], device, config["val"], config["limit"])
     shape, wanted = tuple(data.train[0].shape[1:]), INPUT_SHAPES[config["model"]]
     if shape != wanted:
-        raise UserError(f"the network {config['model']!r} takes {'x'.join(map(str, wanted))} images, "
-                        f"{config['data']} has {'x'.join(map(str, shape))}: try another --model")
+        wanted, shape = ("x".join(map(str, sizes)) for sizes in (wanted, shape))
+        raise UserError(f"the network {config['model']!r} takes {wanted} images, "
+                        f"{config['data']} has {shape}: try another --model")
     if config["batch_size"] > len(data.train[0]):
         raise UserError(f"--batch-size {config['batch_size']} is larger than the training set "
                         f"({len(data.train[0])} images)")
@@ -464,21 +469,21 @@ def main() -> None:
           f"{config['opt']}, {config['sched']}, lr {config['lr']:g}")
     accuracies, first_seed = [], config["seed"]
     for seed in range(first_seed, first_seed + args.runs):
-        config |= {"seed": seed, "mean": data.mean.flatten().tolist(), "std": data.std.flatten().tolist()}
+        config |= {"seed": seed, "mean": data.mean.flatten().tolist(),
+                   "std": data.std.flatten().tolist()}
         if args.resume is None:
             folder = new_folder(args.out)
             with write_aside(folder / "config.json") as path:
                 path.write_text(json.dumps(config, indent=1))
-        started = time.perf_counter()
         try:
-            row = train(config, data, device, folder, resume=args.resume is not None)
+            rows = train(config, data, device, folder, resume=args.resume is not None)
         except KeyboardInterrupt:
             rest = first_seed + args.runs - seed - 1
             print(f"\nstopped. Go on with: python train.py --resume {folder}" + (
                 f"  and then the other seeds: --seed {seed + 1} --runs {rest}" if rest else ""))
             raise
-        print_summary(row, config, data, folder, time.perf_counter() - started)
-        accuracies.append(row["test_accuracy"])
+        print_summary(rows, config, data, folder)
+        accuracies.append(rows[-1]["test_accuracy"])
     if len(accuracies) > 1:
         print_distribution(accuracies, data)
 
