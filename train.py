@@ -22,6 +22,7 @@ import json
 import math
 import os
 import pickle
+import shutil
 import statistics
 import sys
 import time
@@ -291,11 +292,12 @@ def progress_line(epoch: int, config: dict, data):
         drawn = now
         speed = seen / (now - started)
         left = int((total * (config["epochs"] - epoch + 1) - seen) / speed)
-        bar = "#" * (20 * seen // total)
-        print(f"\repoch {epoch}/{config['epochs']} [{bar:.<20}] loss {loss:.4f} "
-              f"accuracy {accuracy:.2f}% ({data.name}) lr {lr:.4f} {speed:,.0f} images/s "
-              f"{left // 60}:{left % 60:02d} left\x1b[K", end="\r\x1b[K" if seen == total else "",
-              flush=True)
+        bar = "#" * (10 * seen // total)
+        line = (f"epoch {epoch}/{config['epochs']} [{bar:.<10}] loss {loss:.3f} accuracy "
+                f"{accuracy:.2f}% ({data.name}) lr {lr:.4f} {speed:,.0f} images/s "
+                f"{left // 60}:{left % 60:02d} left")
+        line = line[:shutil.get_terminal_size().columns - 1]     # a wrapped line cannot be redrawn
+        print(f"\r{line}\x1b[K", end="\r\x1b[K" if seen == total else "", flush=True)
     return show
 
 
@@ -367,7 +369,7 @@ def add_shared_flags(parser) -> None:
     add("--clip", type=number(float, 0), default=0.0, help="largest gradient norm; 0 is off")
     add("--ema", type=number(float, 0, 0.99999), default=0.999,
         help="moving average of the weights; 0 is off")
-    add("--val", type=number(int, 0), help="hold out the last VAL training images")
+    add("--val", type=number(int, 0), default=0, help="hold out the last VAL training images")
     add("--limit", type=number(int, 1), help="train on the first LIMIT images only")
     add("--seed", type=number(int, 0, 10 ** 9), default=0)
     add("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto")
@@ -401,8 +403,6 @@ def make_config(args) -> dict:
         raise UserError("--head, --down and --activation belong to the default network")
     if args.weight_decay is None:
         config["weight_decay"] = DEFAULT_WEIGHT_DECAY[args.opt]
-    if args.val is None:                     # plateau watches held-out images: it must have some
-        config["val"] = 0
     return config
 
 
@@ -443,16 +443,16 @@ def open_run(args, parser) -> tuple[dict, Path | None]:
         if config["lr"] is None:
             config["lr"] = DEFAULT_LR[args.opt][args.sched == "onecycle"]
         if args.sched == "plateau" and not config["val"]:
-            config["val"] = 5000             # plateau watches held-out images
+            config["val"] = 5000
             print("--sched plateau watches the loss of held-out images: --val 5000")
         return config, None
     for name, value in vars(args).items():
         if name not in ("resume", "data_dir", "device") and value != parser.get_default(name):
             raise UserError(f"--resume goes on with the run's own settings: leave out "
                             f"--{name.replace('_', '-')} {value}")
-    try:
-        config = json.loads((args.resume / "config.json").read_text())
-    except (OSError, ValueError):
+    try:                                     # every flag is at its default here: saved ones win
+        config = make_config(args) | json.loads((args.resume / "config.json").read_text())
+    except (OSError, ValueError, TypeError):
         raise UserError(f"--resume {args.resume}: no run folder (it has no readable config.json)")
     for name in ("data_dir", "device"):
         if getattr(args, name) != parser.get_default(name):
