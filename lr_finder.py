@@ -15,7 +15,9 @@ It prints a text plot and each pick with its reason, and writes lr_range.png int
 """
 import copy
 import csv
+import json
 import math
+import shlex
 import statistics
 from pathlib import Path
 from typing import Callable
@@ -45,7 +47,8 @@ def range_test(net: nn.Module, optimizer, batch_loss: Callable[[], Tensor], star
     away, it never acts, and the sweep describes another optimizer than the one that will train
     (a restarted Adam takes steps of lr · sign(gradient)). A test shows the difference.
 
-    Weights, buffers, gradients, optimizer, mode and random state are put back afterwards.
+    Weights, buffers, gradients, optimizer, mode and random state (of the CPU and of CUDA) are put
+    back afterwards.
     """
     state = copy.deepcopy((net.state_dict(), optimizer.state_dict()))
     gradients, was_training = [p.grad for p in net.parameters()], net.training
@@ -88,7 +91,7 @@ def smooth(losses: list[float], beta=0.8) -> list[float]:
     2. Exponential moving average, divided by 1 - betaⁿ: without that bias correction the first
        values would be pulled towards the 0 it starts from.
     3. The same backwards, because an average over the past lags behind: it would move every pick
-       1/(1 - beta) = 5 steps, a factor of 1.6, to the right.
+       beta/(1 - beta) = 4 steps, a factor of 1.5, to the right.
     """
     worst = max((loss for loss in losses if math.isfinite(loss)), default=0.0)
     finite = [loss if math.isfinite(loss) else worst for loss in losses]
@@ -144,7 +147,7 @@ REASONS = {
     "valley": "80% of the longest descent is done here: a rate to hold, clear of the edge",
     "steepest": "the loss falls fastest here",
     "minimum / 10": "a tenth of the rate at the lowest loss",
-    "explosion / 10": "a tenth of the rate at which the loss explodes",
+    "explosion / 10": "a tenth of the rate at which the loss explodes (explosion, in the figure)",
 }
 
 
@@ -181,7 +184,8 @@ def draw(path: Path, rates, losses, picks: dict, title: str, log_x: bool) -> Non
 
 
 def sweep(config: dict, data, device, **options) -> tuple[list[float], list[float]]:
-    """range_test for a configuration of train.py, on its own training batches."""
+    """range_test for a configuration of train.py, on its own training batches; always in float32
+    and without clipping, which would hide the explosion."""
     net, _, optimizer, _ = make_training(config, data, device)
     torch.manual_seed(config["seed"])
 
@@ -204,36 +208,51 @@ def trial(config: dict, data, device) -> dict:
     even for one epoch: a constant rate leaves the accuracy of a short training noisy, the descent
     to zero takes the noise out. Returns {"accuracy": percent, "note": what to think of the start}.
     """
-    means = []                                   # the running mean of the loss, a value a step
+    means = []                           # the running mean of the loss in epoch 1, a value a step
     training = make_training(config | {"sched": "onecycle"}, data, device)
     try:
         for epoch in range(1, config["epochs"] + 1):
-            row = run_epoch(epoch, config, data, *training, sets=("val",),
-                            show=lambda seen, loss, *_: means.append(loss))
+            row = run_epoch(epoch, config, data, *training, sets=("val",), show=(
+                lambda seen, loss, *_: means.append(loss)) if epoch == 1 else lambda *_: None)
     except UserError:
         return {"accuracy": math.nan, "note": "NaN: the rate is too large"}
-    n = min(100, len(means))                     # the mean of steps 91 to 100, out of two of them
-    late = (n * means[n - 1] - (n - 10) * means[n - 11]) / 10 if n > 20 else means[-1]
-    flat = late > 0.9 * means[min(9, n - 1)]
-    return {"accuracy": row["val_accuracy"], "note": "flat start: too small" if flat else ""}
+    return {"accuracy": row["val_accuracy"], "note": judge_start(means)}
 
 
-KEY = ("model", "data", "limit", "opt", "batch_size", "seed", "epochs", "lr", "weight_decay")
+def judge_start(means: list[float]) -> str:
+    """What the first steps say about the rate, from the running means of their losses."""
+    if max(means) > 2 * means[0]:
+        return "the loss exploded: too large"
+    n = min(100, len(means))
+    if n >= 20:                          # two running means give the mean of the steps in between
+        late = (n * means[n - 1] - (n - 10) * means[n - 11]) / 10
+        if late > 0.9 * means[9]:        # the last ten of 100 steps, beside the first ten
+            return "flat start: too small"
+    return ""
+
+
+TRIED = ("opt", "lr", "weight_decay", "epochs", "seed")
+SETTINGS = ("model", "options", "data", "val", "limit", "augment", "momentum", "batch_size", "loss",
+            "label_smoothing", "dropout", "clip", "ema", "amp")
 
 
 def cached_trial(config: dict, data, device, path: Path) -> dict:
-    """trial, remembered in a CSV file: a row that is there is not trained again."""
-    key = {name: str(config[name]) for name in KEY}
-    rows = []
+    """trial, remembered in a CSV file: a row with the same settings is not trained again."""
+    key = {name: str(config[name]) for name in TRIED}
+    key["settings"] = json.dumps({name: config[name] for name in SETTINGS})
+    columns, rows = [*key, "accuracy", "note"], []
     if path.exists():
         with open(path, newline="") as file:
-            rows = list(csv.DictReader(file))
+            reader = csv.DictReader(file)
+            rows = list(reader)
+        if reader.fieldnames != columns:
+            raise UserError(f"{path} is not a table of this script: move it away")
     for row in rows:
-        if all(row.get(name) == value for name, value in key.items()):
+        if all(row[name] == value for name, value in key.items()):
             return {"accuracy": float(row["accuracy"]), "note": row["note"]}
     result = trial(config, data, device)
     with write_aside(path) as aside, open(aside, "w", newline="") as file:
-        writer = csv.DictWriter(file, [*KEY, "accuracy", "note"])
+        writer = csv.DictWriter(file, columns)
         writer.writeheader()
         writer.writerows([*rows, key | result])
     return result
@@ -253,6 +272,8 @@ def parse_grid(text: str) -> list[dict]:
             raise UserError(f"--grid {word!r}: the optimizer is one of {', '.join(DEFAULT_LR)}, "
                             "lr is above 0 and weight_decay not below")
         cells.append({"opt": opt, "lr": lr, "weight_decay": weight_decay})
+    if not cells:
+        raise UserError("--grid is empty: write for example --grid \"sgd:1e-1,5e-4 adam:1e-3,0\"")
     return cells
 
 
@@ -317,7 +338,8 @@ def check(seeds: int, config: dict, data, device, path: Path, options: dict) -> 
             found.setdefault(name, []).append(rate)
         if not picks:
             raise UserError(f"the loss never fell for seed {seed}: there is no rate to check")
-        ours = cached_trial(config | {"lr": float(f"{picks['recommended']:.3g}")}, data, device, path)
+        lr = float(f"{picks['recommended']:.3g}")
+        ours = cached_trial(config | {"lr": lr}, data, device, path)
         best = best_first([{"lr": lr} | cached_trial(config | {"lr": lr}, data, device, path)
                            for lr in usual])[0]
         gaps.append(round(best["accuracy"] - ours["accuracy"], 2))
@@ -344,10 +366,11 @@ def parse():
     add("--steps", type=number(int, 10, 100_000), default=200)
     add("--linear", type=number(float, 0, open_low=True), metavar="END",
         help="grow on a straight line from --start to END instead")
-    add("--grid", nargs="?", const="sgd:1e-1,5e-4 sgd:1e-2,5e-4 adam:3e-4,5e-4 adam:1e-3,0",
+    only = parser.add_mutually_exclusive_group().add_argument
+    only("--grid", nargs="?", const="sgd:1e-1,5e-4 sgd:1e-2,5e-4 adam:3e-4,5e-4 adam:1e-3,0",
         metavar="CELLS", help='train a coarse grid, for example "sgd:1e-1,5e-4 adam:1e-3,0"')
-    add("--search", type=number(int, 1), metavar="N", help="halve N random pairs down to one")
-    add("--check", type=number(int, 1), metavar="SEEDS", help="test the recommendation")
+    only("--search", type=number(int, 1), metavar="N", help="halve N random pairs down to one")
+    only("--check", type=number(int, 1), metavar="SEEDS", help="test the recommendation")
     add("--epochs", type=number(int, 1), default=1, help="of a trial of --grid or first --search")
     add("--out", type=Path, default=Path("lr_finder"), help="folder for lr_range.png and CSV files")
     return parser, parser.parse_args()
@@ -359,7 +382,7 @@ def main() -> None:
     config |= {"lr": args.start, "sched": "onecycle"}
     if args.linear and args.linear <= args.start:
         raise UserError(f"--linear {args.linear:g} must be above --start {args.start:g}")
-    cells = parse_grid(args.grid) if args.grid else []
+    cells = parse_grid(args.grid) if args.grid is not None else []
     choosing = cells or args.search or args.check
     if choosing and not config["val"]:                     # choices are made on held-out images
         config["val"] = 1000 if args.data == "synthetic" else 10_000
@@ -387,10 +410,11 @@ def main() -> None:
     for name, reason in REASONS.items():
         if name in picks:
             print(f"  {name:<15} {picks[name]:<9.2g} {reason}")
-    flags = [f"--{name.replace('_', '-')}" + ("" if value is True else f" {value}")
-             for name, value in vars(args).items() if value != parser.get_default(name)
-             and name not in ("start", "factor", "steps", "linear", "epochs", "out")]
-    print("\nnext: python train.py", *flags, f"--sched onecycle --lr {picks['recommended']:.2g}")
+    flags = [word for name, value in vars(args).items() if value != parser.get_default(name)
+             and name not in ("start", "factor", "steps", "linear", "epochs", "out")
+             for word in (f"--{name.replace('_', '-')}", str(value)) if word != "True"]
+    print("\nnext: python train.py", *map(shlex.quote, flags),
+          f"--sched onecycle --lr {picks['recommended']:.2g}")
 
 
 if __name__ == "__main__":

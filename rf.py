@@ -33,7 +33,7 @@ from PIL import Image, ImageDraw, ImageOps
 from torch import Tensor, fx, nn
 from torchvision.transforms.functional import to_pil_image
 
-from analyze import find_run, gallery, heat, load_run
+from analyze import find_run, gallery, heat, load_run, mean_std_of
 from data import NAMES, Parser, UserError, load, normalize, run_command
 from model import INPUT_SHAPES, build, count_parameters
 
@@ -388,8 +388,8 @@ def effective_field(net: nn.Module, images: Tensor, layer: str) -> Tensor:
     hook = net.get_submodule(layer).register_forward_hook(lambda *call: maps.append(call[2]))
     net.eval()(images)
     hook.remove()
-    maps[0][:, :, maps[0].shape[2] // 2, maps[0].shape[3] // 2].sum().backward()
-    mass = images.grad.abs().sum(1).mean(0)
+    centre = maps[0][:, :, maps[0].shape[2] // 2, maps[0].shape[3] // 2]
+    mass = torch.autograd.grad(centre.sum(), images)[0].abs().sum(1).mean(0)
     return mass / mass.sum()
 
 
@@ -503,9 +503,8 @@ def main() -> None:
                         f"{config['model']!r} wants {times(INPUT_SHAPES[config['model']])}")
     nets = {"fresh": (net, digits.mean, digits.std)}
     if trained:
-        nets["trained"] = trained, *(torch.tensor(config[name]).view(1, -1, 1, 1)
-                                     for name in ("mean", "std"))
-    print(f"trained: {run}" if run else f"The newest run is not of {args.model!r}: fresh only.")
+        nets["trained"] = trained, *mean_std_of(config)
+    print(f"trained: {run}" if run else f"No newest run of {args.model!r}: fresh only.")
     draw_fields(nets, digits.test[0][:200], args.out)
 
 

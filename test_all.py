@@ -38,7 +38,7 @@ import train
 
 HERE = Path(__file__).parent
 PLACES = HERE / "data", HERE.parent / "shared"
-MNIST = next((folder for folder in PLACES if (folder / "MNIST/raw").is_dir()), None)
+MNIST = next((folder for folder in PLACES if any((folder / "MNIST/raw").glob("t10k-labels*"))), None)
 needs_mnist = pytest.mark.skipif(MNIST is None, reason="MNIST is not in data/ or ../shared/")
 
 
@@ -91,7 +91,7 @@ def test_files_are_read_plain_or_gzipped(tmp_path, monkeypatch):
     raw = fake_mnist(tmp_path, monkeypatch)
     plain = raw / "t10k-labels-idx1-ubyte"
     (raw / f"{plain.name}.gz").write_bytes(gzip.compress(plain.read_bytes()))
-    plain.unlink()
+    plain.write_bytes(b"damaged")                               # the sound one of the two is used
     loaded = data.load("mnist", tmp_path)
     assert loaded.train[0].shape == (5, 1, 28, 28) and loaded.train[0].dtype == torch.uint8
     assert loaded.test[1].dtype == torch.int64                  # what cross-entropy indexes with
@@ -115,6 +115,14 @@ def test_a_damaged_file_is_named_and_fetched_again(tmp_path, monkeypatch, capsys
     data.load("mnist", tmp_path / "here")
     assert "train-labels-idx1-ubyte is damaged" in capsys.readouterr().err
     assert (raw / "train-labels-idx1-ubyte").read_bytes() == good
+
+
+def test_a_gzip_file_with_flipped_bits_counts_as_missing(tmp_path, capsys):
+    broken = bytearray(gzip.compress(bytes(range(256)) * 50))
+    broken[30:60] = bytes(30)
+    (tmp_path / "t10k-labels-idx1-ubyte.gz").write_bytes(broken)
+    assert data.read_checked(tmp_path, "t10k-labels-idx1-ubyte") is None
+    assert "t10k-labels-idx1-ubyte.gz" in capsys.readouterr().err
 
 
 def test_when_no_source_answers_the_message_says_what_to_do(tmp_path, monkeypatch):
@@ -307,7 +315,9 @@ def test_a_network_has_the_parameters_it_says_and_returns_ten_logits(name):
     if name in ("default", "residual", "tiny"):
         assert count < (8_000 if name == "tiny" else 20_000)
     logits = net(torch.randn(2, *model.INPUT_SHAPES[name]))
-    assert logits.shape == (2, 10) and (logits < 0).any() | (logits.sum(1) != 1).all()
+    assert logits.shape == (2, 10)
+    for sums in (logits.sum(1), logits.exp().sum(1)):           # neither probabilities nor their logs
+        assert ((sums - 1).abs() > 1e-3).all()
 
 
 @pytest.mark.parametrize("name", model.NETWORKS)
@@ -563,6 +573,7 @@ def test_a_killed_run_resumes_to_bit_identical_weights(tmp_path, monkeypatch, ca
         time.sleep(0.02)
     process.kill()
     process.communicate()
+    assert not (tmp_path / "cut/001/weights.pt").exists()       # it had not finished
     code, text, _ = run_main(monkeypatch, capsys, train, "--resume", tmp_path / "cut/001")
     assert code == 0 and "going on after epoch" in text
     whole, cut = (torch.load(tmp_path / name / "001/weights.pt", weights_only=True)
@@ -602,7 +613,8 @@ WRONG_INPUT = [
     (("--model", "n1", "--head", "linear"), "default network"),
     (("--data-dir", __file__), "is a file"),
     (("--data", "synthetic", "--out", __file__), "is a file"),
-    (("--data", "synthetic", "--out", "/proc/runs"), "cannot be written"),
+    (("--data", "synthetic", "--out", Path(__file__) / "runs"), "cannot be written"),
+    (("--data", "synthetic", "--limit", 320, "--batch-size", 64, "--epochs", 1), "6 steps or more"),
     (("--resume", "/no/such/run"), "no run folder"),
 ]
 
@@ -621,8 +633,37 @@ def test_a_missing_gpu_is_named_with_a_device_that_works(monkeypatch, capsys):
     assert code == 2 and "--device cpu would work" in error
 
 
+def test_weights_that_break_in_the_last_step_are_not_called_a_result(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(train, "evaluate", lambda *_: {"loss": math.nan, "accuracy": 0.1})
+    code, text, error = run_main(monkeypatch, capsys, train, *SHORT, "--limit", 384, "--out", tmp_path)
+    assert code == 2 and "the test loss is nan after the last step" in error
+    assert "right after the last epoch" not in text and not (tmp_path / "001/weights.pt").exists()
+
+
+def test_a_run_killed_before_its_first_checkpoint_starts_over(tmp_path, monkeypatch, capsys):
+    run_main(monkeypatch, capsys, train, *SHORT, "--limit", 384, "--out", tmp_path)
+    before = torch.load(tmp_path / "001/weights.pt", weights_only=True)
+    for name in ("checkpoint.pt", "weights.pt"):
+        (tmp_path / "001" / name).unlink()
+    assert run_main(monkeypatch, capsys, train, "--resume", tmp_path / "001")[0] == 0
+    after = torch.load(tmp_path / "001/weights.pt", weights_only=True)
+    assert all(torch.equal(before[key], after[key]) for key in before)
+
+
+def test_a_damaged_configuration_is_refused_before_anything_is_loaded(tmp_path, monkeypatch, capsys):
+    for text in ("{", "{}", "[]", '{"lr": 0.1, "model": "unknown"}'):
+        (tmp_path / "config.json").write_text(text)
+        code, _, error = run_main(monkeypatch, capsys, train, "--resume", tmp_path)
+        assert code == 2 and "no readable config.json" in error
+
+
+def test_erasing_before_to_tensor_is_an_error():
+    with pytest.raises(Exception):                              # the order that the notes print
+        transforms.RandomErasing(p=1.0)(Image.new("L", (28, 28)))
+
+
 def test_a_checkpoint_of_another_network_is_refused(tmp_path, monkeypatch, capsys):
-    run_main(monkeypatch, capsys, train, *SHORT, "--limit", 64, "--epochs", 1, "--out", tmp_path)
+    run_main(monkeypatch, capsys, train, *SHORT, "--limit", 384, "--epochs", 1, "--out", tmp_path)
     config = json.loads((tmp_path / "001/config.json").read_text())
     (tmp_path / "001/config.json").write_text(json.dumps(config | {"model": "n1"}))
     code, _, error = run_main(monkeypatch, capsys, train, "--resume", tmp_path / "001")
@@ -1310,6 +1351,24 @@ def test_an_interrupted_search_continues_where_it_was(monkeypatch, capsys, tmp_p
     assert trained[-1] == max(trained)
 
 
+def test_a_trial_is_not_remembered_for_other_settings(monkeypatch, capsys, tmp_path):
+    trained = []
+    monkeypatch.setattr(lr_finder, "trial", lambda config, *_: trained.append(config) or {
+        "accuracy": 90.0, "note": ""})
+    for flags in ((), (), ("--momentum", 0.5), ("--val", 500), ("--head", "linear")):
+        run_main(monkeypatch, capsys, lr_finder, *QUICK, "--grid", "sgd:1e-1,0", "--out", tmp_path,
+                 *flags)
+    assert len(trained) == 4                                    # only the second was known already
+
+
+def test_the_start_of_a_training_is_judged_by_its_losses():
+    def means(losses):
+        return (np.cumsum(losses) / np.arange(1, len(losses) + 1)).tolist()
+    assert lr_finder.judge_start(means(np.full(120, 2.3))) == "flat start: too small"
+    assert lr_finder.judge_start(means(np.linspace(2.3, 0.5, 120))) == ""
+    assert "too large" in lr_finder.judge_start(means([2.3, 9.0, 80.0, 5.0]))
+
+
 def test_the_grid_flags_a_rate_that_is_too_large(monkeypatch, capsys, tmp_path):
     code, text, _ = run_main(monkeypatch, capsys, lr_finder, *QUICK, "--grid",
                              "sgd:1e12,0 adam:1e-2,0", "--out", tmp_path)
@@ -1319,6 +1378,8 @@ def test_the_grid_flags_a_rate_that_is_too_large(monkeypatch, capsys, tmp_path):
 @pytest.mark.parametrize("flags,expected", [
     (("--grid", "sgd=0.1"), "write optimizer:lr,weight_decay"),
     (("--grid", "sgd:-1,0"), "lr is above 0"),
+    (("--grid", " "), "--grid is empty"),
+    (("--search", 3, "--check", 3), "not allowed with"),
     (("--factor", 1), "above 1"),
     (("--linear", 1e-7), "must be above --start"),
     (("--out", __file__), "cannot be a folder"),
