@@ -588,6 +588,7 @@ def report_run(folder: Path, data_dir, out: Path) -> None:
     print(f"{folder}: network {config['model']!r}, {count_parameters(net):,} parameters")
     print_report(result, labels, data.name)
 
+    torch.manual_seed(0)                     # the same augmented picture each time
     draw_failures(images, labels, logits, out / "failures.png")
     draw_confusion(confusion_matrix(predictions, labels), out / "confusion.png")
     draw_augmented(*data.train, config.get("augment", "default"), out / "augmented.png")
