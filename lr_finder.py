@@ -175,7 +175,7 @@ def text_plot(rates: list[float], curve: list[float], picks: dict, width=72, hei
 def draw(path: Path, rates, losses, picks: dict, title: str, log_x: bool) -> None:
     curve = smooth(losses)
     chart([{"title": title, "x": "learning rate", "y": "training loss", "log_x": log_x,
-            "y_range": (0.9 * min(curve), 1.5 * curve[0]), "marks": picks,
+            "y_range": (0.95 * min(losses), 1.5 * curve[0]), "marks": picks,
             "lines": {"loss of each batch": (rates, losses), "smoothed": (rates, curve)}}],
           path, columns=1)
 
