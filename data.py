@@ -293,8 +293,9 @@ def mean_std(images: Tensor) -> tuple[Tensor, Tensor]:
 def normalize(x: Tensor, mean: Tensor, std: Tensor) -> Tensor:
     """Shift and scale to mean 0, standard deviation 1. Takes stored bytes or floats in 0 to 1.
 
-    channels_last keeps the C numbers of one pixel side by side in memory: same values, and the
-    default network trains about 1.3 times as fast on a CPU for it.
+    channels_last keeps the C numbers of one pixel side by side in memory: same values, and an epoch
+    of the default network takes 9.7 s in place of 13.6 on two CPU cores. (N3's, whose channels are
+    no multiples of 8, is the slower for it: 39 s in place of 31.)
     """
     x = x.float() / 255 if x.dtype == torch.uint8 else x
     return ((x - mean) / std).contiguous(memory_format=torch.channels_last)
