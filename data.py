@@ -1,8 +1,9 @@
 """The images: where they come from, how a batch is made, and how a few random numbers vary it.
 
 What it teaches: MNIST is small (55 MB), so all of it lives on the training device, as one tensor of
-images and one of labels. A batch is an index select, and a whole batch is rotated, moved, scaled and sheared by one matrix an
-image and one resampling call. No DataLoader, no per-image Python: that is why an epoch is fast.
+images and one of labels. A batch is an index select, and a whole batch is rotated, moved, scaled
+and sheared by one matrix an image and one resampling call. No DataLoader, no per-image Python:
+that is why an epoch is fast.
 
     from data import load, batches, augment, normalize
     data = load("mnist", "data", device="cpu")
@@ -13,6 +14,7 @@ image and one resampling call. No DataLoader, no per-image Python: that is why a
 """
 import argparse
 import contextlib
+import csv
 import gzip
 import hashlib
 import math
@@ -49,7 +51,7 @@ class Parser(argparse.ArgumentParser):
 
 def run_command(main) -> None:
     """Run a script's main: a UserError becomes one line on stderr and exit code 2, no traceback."""
-    sys.stdout.reconfigure(errors="replace")         # "?" where a terminal does not know a character
+    sys.stdout.reconfigure(errors="replace")         # "?" for what a terminal cannot show
     try:
         main()
     except UserError as error:
@@ -78,6 +80,14 @@ def write_aside(path) -> Iterator[Path]:
         raise UserError(f"cannot write {path}: {error.strerror or error}")
     finally:
         aside.unlink(missing_ok=True)
+
+
+def write_csv(path, rows: list[dict]) -> None:
+    """Write rows with the same keys as a table, the keys being its header."""
+    with write_aside(path) as aside, open(aside, "w", newline="") as file:
+        writer = csv.DictWriter(file, rows[0])
+        writer.writeheader()
+        writer.writerows(rows)
 
 
 # ---- Where the four MNIST files come from -----------------------------------------------------
@@ -293,9 +303,9 @@ def mean_std(images: Tensor) -> tuple[Tensor, Tensor]:
 def normalize(x: Tensor, mean: Tensor, std: Tensor) -> Tensor:
     """Shift and scale to mean 0, standard deviation 1. Takes stored bytes or floats in 0 to 1.
 
-    channels_last keeps the C numbers of one pixel side by side in memory: same values, and an epoch
-    of the default network takes 9.7 s in place of 13.6 on two CPU cores. (N3's, whose channels are
-    no multiples of 8, is the slower for it: 39 s in place of 31.)
+    channels_last keeps the C numbers of one pixel side by side in memory: the same values, and on a
+    CPU the default network trains faster for it (but N3's, whose channels are no multiples of 8,
+    more slowly).
     """
     x = x.float() / 255 if x.dtype == torch.uint8 else x
     return ((x - mean) / std).contiguous(memory_format=torch.channels_last)
@@ -392,7 +402,7 @@ def augment(images: Tensor, preset="default") -> Tensor:
     x, n, device = images.float() / 255, len(images), images.device
     if "rotate" in ranges:
         # N1 rotates twice, ±10° and then ±5°, as one matrix: the angles add up (its shear, which
-        # comes between the two, would turn with the second: at 5° the difference is invisible).
+        # comes between the two, would turn with the second by up to 5°; here it does not).
         degrees = sum(uniform(n, -limit, limit, device) for limit in ranges["rotate"])
         shift = ranges.get("shift", 0) * (2 * torch.rand(n, 2, device=device) - 1)
         scale = 1 + ranges.get("scale", 0) * uniform(n, -1, 1, device)

@@ -26,9 +26,9 @@ import torch
 from torch import Tensor, nn
 
 from analyze import chart
-from data import Parser, UserError, augment, batches, normalize, run_command, write_aside
+from data import Parser, UserError, augment, batches, normalize, run_command, write_csv
 from train import (DEFAULT_LR, LOSSES, add_shared_flags, load_for, make_config, make_training,
-                   number, run_epoch)
+                   number, run_epoch, steps_per_epoch)
 
 # ---- The sweep --------------------------------------------------------------------------------
 
@@ -208,15 +208,16 @@ def trial(config: dict, data, device) -> dict:
     even for one epoch: a constant rate leaves the accuracy of a short training noisy, the descent
     to zero takes the noise out. Returns {"accuracy": percent, "note": what to think of the start}.
     """
-    means = []                           # the running mean of the loss in epoch 1, a value a step
+    means = []                           # the running mean of each epoch's loss, a value a step
     training = make_training(config | {"sched": "onecycle"}, data, device)
     try:
         for epoch in range(1, config["epochs"] + 1):
-            row = run_epoch(epoch, config, data, *training, sets=("val",), show=(
-                lambda seen, loss, *_: means.append(loss)) if epoch == 1 else lambda *_: None)
+            row = run_epoch(epoch, config, data, *training, sets=("val",),
+                            show=lambda seen, loss, *_: means.append(loss))
     except UserError:
         return {"accuracy": math.nan, "note": "NaN: the rate is too large"}
-    return {"accuracy": row["val_accuracy"], "note": judge_start(means)}
+    first_epoch = means[:steps_per_epoch(config, data)]
+    return {"accuracy": row["val_accuracy"], "note": judge_start(first_epoch)}
 
 
 def judge_start(means: list[float]) -> str:
@@ -251,10 +252,7 @@ def cached_trial(config: dict, data, device, path: Path) -> dict:
         if all(row[name] == value for name, value in key.items()):
             return {"accuracy": float(row["accuracy"]), "note": row["note"]}
     result = trial(config, data, device)
-    with write_aside(path) as aside, open(aside, "w", newline="") as file:
-        writer = csv.DictWriter(file, columns)
-        writer.writeheader()
-        writer.writerows([*rows, key | result])
+    write_csv(path, [*rows, key | result])
     return result
 
 
@@ -368,7 +366,7 @@ def parse():
         help="grow on a straight line from --start to END instead")
     only = parser.add_mutually_exclusive_group().add_argument
     only("--grid", nargs="?", const="sgd:1e-1,5e-4 sgd:1e-2,5e-4 adam:3e-4,5e-4 adam:1e-3,0",
-        metavar="CELLS", help='train a coarse grid, for example "sgd:1e-1,5e-4 adam:1e-3,0"')
+         metavar="CELLS", help='train a coarse grid, for example "sgd:1e-1,5e-4 adam:1e-3,0"')
     only("--search", type=number(int, 1), metavar="N", help="halve N random pairs down to one")
     only("--check", type=number(int, 1), metavar="SEEDS", help="test the recommendation")
     add("--epochs", type=number(int, 1), default=1, help="of a trial of --grid or first --search")

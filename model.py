@@ -24,7 +24,8 @@ from torch import Tensor, nn
 
 def block(c_in: int, c_out: int, kernel=3, padding=1, dropout=0.0, bias=False,
           activation=nn.ReLU) -> nn.Sequential:
-    """Convolution -> batch norm -> activation (-> dropout). The size shrinks by kernel - 1 - 2·padding.
+    """Convolution -> batch norm -> activation (-> dropout). Height and width shrink by
+    kernel - 1 - 2·padding.
 
     Batch norm (Ioffe and Szegedy, 2015) subtracts each channel's mean, which cancels a bias of
     the convolution before it: leaving the bias out loses nothing and saves c_out parameters.
@@ -38,8 +39,8 @@ def down_block(c_in: int, c_out: int, down="pool", activation=nn.ReLU) -> nn.Seq
     """A 3×3 block that also halves height and width: "pool" (2×2 maximum) or "stride" (step 2).
 
     The pool sits before batch norm and activation, not after: they then work on a quarter of the
-    numbers. (To ReLU the order makes no difference: it never reorders. SiLU dips a little below
-    0 and does, but a maximum is hardly ever taken there.)
+    numbers. (A ReLU may trade places with a maximum: it never reorders. SiLU, which dips below 0,
+    may not: with it this is a function of its own, and it learns well.)
     "stride" computes only every second output to begin with: cheaper still, but it never looks
     at the three other positions that the pool compares.
     """
