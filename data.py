@@ -303,9 +303,8 @@ def mean_std(images: Tensor) -> tuple[Tensor, Tensor]:
 def normalize(x: Tensor, mean: Tensor, std: Tensor) -> Tensor:
     """Shift and scale to mean 0, standard deviation 1. Takes stored bytes or floats in 0 to 1.
 
-    channels_last keeps the C numbers of one pixel side by side in memory: the same values, and on a
-    CPU the default network trains faster for it (but N3's, whose channels are no multiples of 8,
-    more slowly).
+    channels_last keeps the C numbers of one pixel side by side in memory: the same values, and
+    faster convolutions on a CPU.
     """
     x = x.float() / 255 if x.dtype == torch.uint8 else x
     return ((x - mean) / std).contiguous(memory_format=torch.channels_last)

@@ -19,6 +19,73 @@ import math
 import torch
 from torch import Tensor, nn
 
+# ---- Two layers, written out ------------------------------------------------------------------
+# The same as torch's layers of the same names, which they build on. Where the channels of a pixel
+# lie side by side in memory (see data.normalize), torch's own are slow on a CPU: its batch norm
+# works in strips of 16 channels and dawdles over what is left, its dropout draws one random number
+# at a time. Written out, N3's network trains in 0.61 of the time, and in 0.74 of what torch's
+# layers take in the other memory layout; the default network in 0.93.
+
+
+class NormalizeBatch(torch.autograd.Function):
+    """y = γ·x̂ + β, with x̂ = (x − mean) / std of each channel over the batch (Ioffe, Szegedy, 2015).
+
+    Its gradient, with g = ∂L/∂y:   ∂L/∂x = γ / std · (g − mean(g) − x̂·mean(g·x̂)).
+    To shift or to stretch a whole channel does not change x̂; the two means take out of g what would
+    do no more than that.
+    """
+
+    @staticmethod
+    def forward(ctx, x: Tensor, gamma: Tensor, beta: Tensor, eps: float):
+        """x is N×C×H×W, gamma and beta are 1×C×1×1. Returns y and the mean and variance, 1×C×1×1."""
+        mean = x.mean((0, 2, 3), keepdim=True)
+        centred = x - mean
+        variance = centred.square().mean((0, 2, 3), keepdim=True)
+        scale = (variance + eps).rsqrt()                            # 1 / std
+        ctx.save_for_backward(centred, gamma, scale)
+        ctx.mark_non_differentiable(mean, variance)
+        return torch.addcmul(beta, centred, gamma * scale), mean, variance
+
+    @staticmethod
+    def backward(ctx, g: Tensor, *_):
+        centred, gamma, scale = ctx.saved_tensors
+        count = g.numel() / g.shape[1]
+        grad_beta = g.sum((0, 2, 3), keepdim=True)
+        grad_gamma = (g * centred).sum((0, 2, 3), keepdim=True) * scale      # the sum of g·x̂
+        grad_x = torch.addcmul(-grad_beta * gamma * scale / count, g, gamma * scale)
+        grad_x.addcmul_(centred, -grad_gamma * gamma * scale ** 2 / count)
+        return grad_x, grad_gamma, grad_beta, None
+
+
+class BatchNorm2d(nn.BatchNorm2d):
+    """Normalizes by the batch while training, by running averages of its mean and variance after."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        slow = x.device.type == "cpu" and x.dtype == torch.float32 and x.shape[1] % 16
+        if not (self.training and slow):
+            return super().forward(x)
+        y, mean, variance = NormalizeBatch.apply(x, self.weight.view(1, -1, 1, 1),
+                                                 self.bias.view(1, -1, 1, 1), self.eps)
+        count = x.numel() / x.shape[1]
+        self.running_mean.lerp_(mean.flatten(), self.momentum)
+        self.running_var.lerp_(variance.flatten() * count / (count - 1), self.momentum)
+        self.num_batches_tracked += 1
+        return y
+
+
+class Dropout(nn.Dropout):
+    """While training, sets each number to 0 with probability p and multiplies the others by
+    1 / (1 - p), which keeps the expected sum (Srivastava et al., 2014)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training or x.device.type != "cpu":
+            return super().forward(x)
+        words = torch.empty(x.numel() // 4 + 1, dtype=torch.int64).random_(-2 ** 63, None)
+        bits = words.view(torch.int16)[:x.numel()].as_strided(x.shape, x.stride())
+        keep = bits >= round(self.p * 2 ** 16) - 2 ** 15            # 16 random bits a number
+        return x * (keep.to(x.dtype) / (1 - self.p))
+
+
 # ---- Building lines ---------------------------------------------------------------------------
 
 
@@ -31,8 +98,8 @@ def block(c_in: int, c_out: int, kernel=3, padding=1, dropout=0.0, bias=False,
     the convolution before it: leaving the bias out loses nothing and saves c_out parameters.
     """
     layers = [nn.Conv2d(c_in, c_out, kernel, padding=padding, bias=bias),
-              nn.BatchNorm2d(c_out), activation()]
-    return nn.Sequential(*layers, *([nn.Dropout(dropout)] if dropout else []))
+              BatchNorm2d(c_out), activation()]
+    return nn.Sequential(*layers, *([Dropout(dropout)] if dropout else []))
 
 
 def down_block(c_in: int, c_out: int, down="pool", activation=nn.ReLU) -> nn.Sequential:
@@ -50,7 +117,7 @@ def down_block(c_in: int, c_out: int, down="pool", activation=nn.ReLU) -> nn.Seq
         halve = [nn.Conv2d(c_in, c_out, 3, padding=1, stride=2, bias=False)]
     else:
         raise ValueError(f"down must be 'pool' or 'stride', not {down!r}")
-    return nn.Sequential(*halve, nn.BatchNorm2d(c_out), activation())
+    return nn.Sequential(*halve, BatchNorm2d(c_out), activation())
 
 
 def head(c_in: int, kind="conv") -> nn.Sequential:
@@ -122,7 +189,7 @@ def default(head_kind="conv", down="pool", activation="silu") -> nn.Sequential:
         down_block(24, 24, down, act),                 # 24×7×7     RF 14       5,232
         block(24, 24, activation=act),                 # 24×7×7     RF 22       5,232
         block(24, 24, activation=act),                 # 24×7×7     RF 30       5,232
-        nn.Dropout(0.1),                               # 24×7×7     RF 30           0
+        Dropout(0.1),                                  # 24×7×7     RF 30           0
         head(24, head_kind),                           # 10         RF all        250
     )
 
@@ -146,7 +213,7 @@ def residual() -> nn.Sequential:
         Residual(16),                                  # 16×14×14   RF 12       4,672
         down_block(16, 24),                            # 24×7×7     RF 18       3,504
         Residual(24),                                  # 24×7×7     RF 34      10,464
-        nn.Dropout(0.1),                               # 24×7×7     RF 34           0
+        Dropout(0.1),                                  # 24×7×7     RF 34           0
         head(24),                                      # 10         RF all        250
     )
 
@@ -168,11 +235,11 @@ def n1() -> nn.Sequential:
         block(30, 30, 3, 0, dropout=0.1, bias=True),   # 30×3×3     RF 32       8,190
         nn.MaxPool2d(2, padding=1),                    # 30×2×2     RF 36           0
         nn.Conv2d(30, 10, 1),                          # 10×2×2     RF 36         310
-        nn.BatchNorm2d(10),                            # 10×2×2     RF 36          20
-        nn.Dropout(0.1),                               # 10×2×2     RF 36           0
+        BatchNorm2d(10),                               # 10×2×2     RF 36          20
+        Dropout(0.1),                                  # 10×2×2     RF 36           0
         nn.AdaptiveAvgPool2d(1),                       # 10×1×1     RF all          0
         nn.Flatten(),                                  # 10         RF all          0
-        nn.Dropout(0.1),                               # 10         RF all          0
+        Dropout(0.1),                                  # 10         RF all          0
     )
 
 
@@ -208,7 +275,7 @@ def n2() -> nn.Sequential:
         block(32, 16, 1, 0, bias=True),                # 16×7×7     RF 14         560
         block(16, 16, 3, 0, bias=True),                # 16×5×5     RF 22       2,352
         nn.Flatten(),                                  # 400        RF all          0
-        nn.Dropout(0.1),                               # 400        RF all          0
+        Dropout(0.1),                                  # 400        RF all          0
         nn.Linear(400, 10),                            # 10         RF all      4,010
     )
 

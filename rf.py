@@ -118,10 +118,20 @@ class Row(NamedTuple):
     note: str
 
 
+class Tracer(fx.Tracer):
+    """torch.fx looks into every module that is not torch's. Of model.py's own batch norm and
+    dropout, which are kinds of torch's, it need not: one layer, one row."""
+
+    def is_leaf_module(self, module: nn.Module, name: str) -> bool:
+        return (isinstance(module, (nn.BatchNorm2d, nn.Dropout))
+                or super().is_leaf_module(module, name))
+
+
 def trace(net: nn.Module, images: Tensor, probe: bool) -> tuple[fx.GraphModule, fx.Interpreter]:
     """A copy of the network in eval mode as a list of calls, and what runs them one at a time."""
     try:
-        traced = fx.symbolic_trace(copy.deepcopy(net).eval()).to(images)
+        net = copy.deepcopy(net).eval()
+        traced = fx.GraphModule(net, Tracer().trace(net)).to(images)
     except Exception as error:                       # whatever the reader's forward() does
         raise UserError(f"torch.fx cannot follow {type(net).__name__}: {first_line(error)}")
     if probe:
