@@ -328,7 +328,7 @@ class NormalizeBatch(torch.autograd.Function):
 
 
 class BatchNorm2d(nn.BatchNorm2d):
-    """Normalizes by the batch while training, by running averages of its mean and variance after."""
+    """Normalizes by the batch while training, by running averages of mean and variance after."""
 
     def forward(self, x: Tensor) -> Tensor:
         slow = x.device.type == "cpu" and x.dtype == torch.float32 and x.shape[1] % 16

@@ -38,7 +38,7 @@ import train
 
 HERE = Path(__file__).parent
 PLACES = HERE / "data", HERE.parent / "shared"
-MNIST = next((folder for folder in PLACES if any((folder / "MNIST/raw").glob("t10k-labels*"))), None)
+MNIST = next((folder for folder in PLACES if any((folder / "MNIST/raw").glob("t10k-l*"))), None)
 needs_mnist = pytest.mark.skipif(MNIST is None, reason="MNIST is not in data/ or ../shared/")
 
 
@@ -95,6 +95,23 @@ def test_files_are_read_plain_or_gzipped(tmp_path, monkeypatch):
     loaded = data.load("mnist", tmp_path)
     assert loaded.train[0].shape == (5, 1, 28, 28) and loaded.train[0].dtype == torch.uint8
     assert loaded.test[1].dtype == torch.int64                  # what cross-entropy indexes with
+
+
+@pytest.mark.parametrize("name, title, side, channels", [("fashion", "FashionMNIST", 28, 1),
+                                                         ("cifar10", "CIFAR10", 32, 3)])
+def test_other_data_sets_arrive_in_the_same_form(name, title, side, channels, tmp_path, monkeypatch):
+    """From stand-ins with torchvision's attributes: the real ones would have to be downloaded."""
+    pixels = torch.randint(0, 256, (6, side, side, channels), dtype=torch.uint8)
+
+    class Stored:
+        def __init__(self, root, train, download):
+            self.data = pixels[..., 0] if channels == 1 else pixels.numpy()
+            self.targets = [3, 1, 4, 1, 5, 9]
+
+    monkeypatch.setattr(data.datasets, title, Stored)
+    images, labels = data.load(name, tmp_path).train
+    assert torch.equal(images, pixels.movedim(3, 1)) and images.is_contiguous()
+    assert labels.dtype == torch.int64 and labels.tolist() == [3, 1, 4, 1, 5, 9]
 
 
 def test_a_damaged_file_is_named_and_fetched_again(tmp_path, monkeypatch, capsys):
@@ -332,7 +349,7 @@ def test_a_network_has_the_parameters_it_says_and_returns_ten_logits(name):
         assert count < (8_000 if name == "tiny" else 20_000)
     logits = net(torch.randn(2, *model.INPUT_SHAPES[name]))
     assert logits.shape == (2, 10)
-    for sums in (logits.sum(1), logits.exp().sum(1)):           # neither probabilities nor their logs
+    for sums in (logits.sum(1), logits.exp().sum(1)):       # neither probabilities nor their logs
         assert ((sums - 1).abs() > 1e-3).all()
 
 
@@ -688,7 +705,8 @@ def test_a_missing_gpu_is_named_with_a_device_that_works(monkeypatch, capsys):
 
 def test_weights_that_break_in_the_last_step_are_not_called_a_result(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(train, "evaluate", lambda *_: {"loss": math.nan, "accuracy": 0.1})
-    code, text, error = run_main(monkeypatch, capsys, train, *SHORT, "--limit", 384, "--out", tmp_path)
+    code, text, error = run_main(monkeypatch, capsys, train, *SHORT, "--limit", 384,
+                                 "--out", tmp_path)
     assert code == 2 and "the test loss is nan after the last step" in error
     assert "right after the last epoch" not in text and not (tmp_path / "001/weights.pt").exists()
 
@@ -703,7 +721,8 @@ def test_a_run_killed_before_its_first_checkpoint_starts_over(tmp_path, monkeypa
     assert all(torch.equal(before[key], after[key]) for key in before)
 
 
-def test_a_damaged_configuration_is_refused_before_anything_is_loaded(tmp_path, monkeypatch, capsys):
+def test_a_damaged_configuration_is_refused_before_anything_is_loaded(tmp_path, monkeypatch,
+                                                                      capsys):
     for text in ("{", "{}", "[]", '{"lr": 0.1, "model": "unknown"}'):
         (tmp_path / "config.json").write_text(text)
         code, _, error = run_main(monkeypatch, capsys, train, "--resume", tmp_path)
@@ -801,7 +820,8 @@ def test_a_sum_sees_the_union_of_what_its_branches_see():
                               nn.Conv2d(1, 1, 3, padding=(2, 1), dilation=(2, 1))),
                 nn.Conv2d(1, 1, 1, stride)),
             nn.MaxPool2d(2),
-            Add(nn.Conv2d(1, 1, 3, padding=1), nn.Identity(), nn.Conv2d(1, 1, (1, 5), padding=(0, 2))))
+            Add(nn.Conv2d(1, 1, 3, padding=1), nn.Identity(),
+                nn.Conv2d(1, 1, (1, 5), padding=(0, 2))))
         rows, truth = list(rf.walk(net, (1, 15, 17))), seen_by_brute_force(net, 15, 17)
         assert torch.equal(rows[-1].axes[0].seen, truth.any(3).any(1))
         assert torch.equal(rows[-1].axes[1].seen, truth.any(2).any(0))
@@ -812,7 +832,7 @@ def test_a_sum_sees_the_union_of_what_its_branches_see():
 def test_what_every_unit_of_every_network_sees_is_what_was_computed(name):
     shape = model.INPUT_SHAPES[name]
     for row in rf.walk(model.build(name), shape, probe=True):
-        assert all(torch.equal(axis.seen, found) for axis, found in zip(row.axes, row.measured)), row
+        assert all(torch.equal(axis.seen, seen) for axis, seen in zip(row.axes, row.measured)), row
         count_units_that_obey_the_formula(row, shape)
 
 
@@ -836,7 +856,8 @@ def test_the_notes_windows_are_right_for_n3_and_the_last_one_of_n2_is_22_not_18(
 
 
 def test_three_3x3_convolutions_see_as_far_as_one_7x7():
-    assert local_sizes(nn.Sequential(*[nn.Conv2d(1, 1, 3) for _ in range(3)]), (1, 9, 9)) == [3, 5, 7]
+    three = nn.Sequential(*[nn.Conv2d(1, 1, 3) for _ in range(3)])
+    assert local_sizes(three, (1, 9, 9)) == [3, 5, 7]
 
 
 @pytest.mark.parametrize("name, size", [("alexnet", 195), ("vgg16", 212), ("inception_v3", 1311)])
@@ -847,7 +868,7 @@ def test_receptive_fields_of_well_known_networks_are_the_published_ones(name, si
     assert rf.last_map(list(rf.walk(net, (3, 224, 224)))).axes[0].size == size
 
 
-def test_resnet50_sees_483_pixels_as_published_but_427_with_the_strides_where_torchvision_puts_them():
+def test_resnet50_sees_483_pixels_as_published_but_427_with_torchvisions_strides():
     # The paper's blocks step in their first 1x1 convolution, torchvision's in the 3x3 after it: the
     # 3x3 then still works on the finer map, and adds half as much.
     with torch.device("meta"):
@@ -919,8 +940,8 @@ class Cat(nn.Module):
 
 
 MISTAKES = {
-    "features": (model.n2(), (1, 20, 20), "11 Linear wants 400 features, got 144 = 16×3×3: the map is "
-                 "3×3, not 5×5. Write in_features=144, or change the size of the image"),
+    "features": (model.n2(), (1, 20, 20), "11 Linear wants 400 features, got 144 = 16×3×3: the map "
+                 "is 3×3, not 5×5. Write in_features=144, or change the size of the image"),
     "not flat": (nn.Sequential(nn.Conv2d(1, 4, 3), nn.Linear(400, 10)), (1, 12, 12),
                  "1 Linear wants a vector, got the map 4×10×10: put nn.Flatten() before it"),
     "by luck": (nn.Sequential(nn.Conv2d(1, 4, 3), nn.Linear(10, 10)), (1, 12, 12),
@@ -935,8 +956,8 @@ MISTAKES = {
     "pool": (nn.Sequential(nn.Conv2d(1, 4, 5), nn.MaxPool2d(2)), (1, 5, 5),
              "1 MaxPool2d has a 2×2 window, but the map is 1×1"),
     "branches": (Cat(0), (1, 9, 9), "cat cannot join 4×9×9 and 4×7×7"),
-    "view": (Functional(20 * 2 * 2), (1, 28, 28), "fc1 Linear wants 80 features, got 320 = 20×4×4: the "
-             "map is 4×4, not 2×2"),
+    "view": (Functional(20 * 2 * 2), (1, 28, 28), "fc1 Linear wants 80 features, got 320 = 20×4×4: "
+             "the map is 4×4, not 2×2"),
     "unknown": (nn.Sequential(nn.Conv2d(1, 4, 3), nn.Sequential(nn.PixelShuffle(2))), (1, 9, 9),
                 "1.0 PixelShuffle is not known here"),
     "irregular": (nn.Sequential(nn.AdaptiveAvgPool2d(3)), (1, 8, 8),
@@ -974,7 +995,8 @@ def test_branches_at_different_steps_have_no_common_window():
         def forward(self, x):
             return x * self.gate(x)
 
-    assert "out of step: 1 units at jump 1 and 5 units at jump 1" in rf.explain(Broadcast(), (1, 5, 5))
+    said = rf.explain(Broadcast(), (1, 5, 5))
+    assert "out of step: 1 units at jump 1 and 5 units at jump 1" in said
 
 
 def test_a_control_flow_that_torch_fx_cannot_follow_is_said_in_one_line():
@@ -992,10 +1014,10 @@ def test_an_uneven_halving_is_a_note_and_not_an_error(capsys):
     assert "note" not in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("flags", [["--input", "1x20"], ["--input", "1x0x20"], ["--input", "1x99999x9"],
-                                   ["--model", "n9"], ["--torchvision", "resnet5"],
-                                   ["--torchvision", "fasterrcnn_resnet50_fpn"], ["--run", "nowhere"],
-                                   ["--input", "3x28x28"], ["--model", "n1", "--input", "1x6x6"]])
+@pytest.mark.parametrize("flags", [
+    ["--input", "1x20"], ["--input", "1x0x20"], ["--input", "1x99999x9"], ["--model", "n9"],
+    ["--torchvision", "resnet5"], ["--torchvision", "fasterrcnn_resnet50_fpn"],
+    ["--run", "nowhere"], ["--input", "3x28x28"], ["--model", "n1", "--input", "1x6x6"]])
 def test_rf_turns_impossible_wishes_into_one_line_and_exit_code_2(flags, capsys, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["rf.py", *flags])
     with pytest.raises(SystemExit) as exit:
@@ -1238,7 +1260,8 @@ def test_own_digits_and_suspects_are_reported_from_run_folders(runs, digits, tmp
                                                                capsys):
     photo, folders = tmp_path / "digit.png", sorted(runs.iterdir())
     analyze.to_pil_image(digits.test[0][0]).save(photo)
-    code, printed, _ = run_main(monkeypatch, capsys, analyze, "--run", runs / "001", "--image", photo)
+    code, printed, _ = run_main(monkeypatch, capsys, analyze, "--run", runs / "001",
+                                "--image", photo)
     assert code == 0 and len(printed.splitlines()) == 1 + 28 + 10 + 1 and "█" in printed
     code, printed, _ = run_main(monkeypatch, capsys, analyze, "--suspects", "--runs", *folders,
                                 "--out", tmp_path)
