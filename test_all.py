@@ -99,7 +99,8 @@ def test_files_are_read_plain_or_gzipped(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("name, title, side, channels", [("fashion", "FashionMNIST", 28, 1),
                                                          ("cifar10", "CIFAR10", 32, 3)])
-def test_other_data_sets_arrive_in_the_same_form(name, title, side, channels, tmp_path, monkeypatch):
+def test_other_data_sets_arrive_in_the_same_form(name, title, side, channels, tmp_path,
+                                                 monkeypatch):
     """From stand-ins with torchvision's attributes: the real ones would have to be downloaded."""
     pixels = torch.randint(0, 256, (6, side, side, channels), dtype=torch.uint8)
 
