@@ -25,8 +25,8 @@ from torch import Tensor, nn
 from torchvision.transforms.functional import pil_to_tensor, to_pil_image
 from torchvision.utils import make_grid
 
-from data import (PRESETS, Parser, UserError, augment, batches, load, normalize, run_command,
-                  write_aside)
+from data import (PRESETS, Parser, UserError, augment, batches, load, normalize, one_line,
+                  run_command, write_aside)
 from model import INPUT_SHAPES, build, count_parameters
 
 # ---- The evaluation loop ----------------------------------------------------------------------
@@ -258,8 +258,7 @@ def load_run(folder) -> tuple[nn.Module, dict]:
     except FileNotFoundError:
         raise UserError(f"{path} is missing: train a run first with python train.py")
     except Exception as error:       # whatever a damaged file can do to json, zip, pickle and torch
-        reason = f"{type(error).__name__}: {error}".splitlines()[0]
-        raise UserError(f"{path} is damaged, or belongs to another network ({reason})")
+        raise UserError(f"{path} is damaged, or belongs to another network ({one_line(error)})")
     return net.eval(), config
 
 

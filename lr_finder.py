@@ -186,7 +186,7 @@ def draw(path: Path, rates, losses, picks: dict, title: str, log_x: bool) -> Non
 def sweep(config: dict, data, device, **options) -> tuple[list[float], list[float]]:
     """range_test for a configuration of train.py, on its own training batches; always in float32
     and without clipping, which would hide the explosion."""
-    net, _, optimizer, _ = make_training(config, data, device)
+    net, _, optimizer, _ = make_training(config | {"sched": "none"}, data, device)
     torch.manual_seed(config["seed"])
 
     def endless():
@@ -282,9 +282,9 @@ def best_first(cells: list[dict]) -> list[dict]:
 
 
 def print_ranking(title: str, cells: list[dict], data) -> None:
-    print(f"\n{title}, ranked on {len(data.val[0]):,} held-out images ({data.name})")
+    print(f"\n{title}, ranked on {len(data.val[0]):,} held-out images")
     for cell in best_first(cells):
-        print(f"  {cell['accuracy']:6.2f}%  {cell['opt']:<8} lr {cell['lr']:<9.3g} "
+        print(f"  {cell['accuracy']:6.2f}% of {data.name}  {cell['opt']:<8} lr {cell['lr']:<9.3g} "
               f"weight decay {cell['weight_decay']:<9.3g} {cell['note']}".rstrip(), flush=True)
 
 
@@ -327,8 +327,8 @@ def check(seeds: int, config: dict, data, device, path: Path, options: dict) -> 
     middle = DEFAULT_LR[config["opt"]][1]
     usual = [float(f"{middle * 10 ** (k / 4):.3g}") for k in range(-4, 5)]
     found, gaps = {}, []
-    print(f"{config['opt']}: held-out accuracy ({data.name}) after one epoch\n"
-          f"seed  recommended          best of nine         difference")
+    print(f"{config['opt']}: held-out accuracy after one epoch\n"
+          f"seed  recommended          best of nine         difference  data")
     for seed in range(config["seed"], config["seed"] + seeds):
         config = config | {"seed": seed, "epochs": 1}
         picks = pick_rates(*sweep(config, data, device, **options))
@@ -342,7 +342,8 @@ def check(seeds: int, config: dict, data, device, path: Path, options: dict) -> 
                            for lr in usual])[0]
         gaps.append(round(best["accuracy"] - ours["accuracy"], 2))
         print(f"{seed:4}  {picks['recommended']:<8.3g} {ours['accuracy']:6.2f}%     "
-              f"{best['lr']:<8.3g} {best['accuracy']:6.2f}%     {-gaps[-1]:+.2f}", flush=True)
+              f"{best['lr']:<8.3g} {best['accuracy']:6.2f}%     {-gaps[-1]:+.2f}       {data.name}",
+              flush=True)
     print(f"within 0.2 points of the best: {sum(gap <= 0.2 for gap in gaps)} of {len(gaps)}; "
           f"largest gap {max(gaps):.2f}\n\n"
           f"pick             median lr   spread over {seeds} seeds, in decades")

@@ -20,7 +20,7 @@ import functools
 import json
 import math
 import os
-import pickle
+import shlex
 import shutil
 import statistics
 import sys
@@ -33,8 +33,8 @@ from torch import Tensor, nn
 from torch.optim import lr_scheduler
 
 from analyze import curves, evaluate
-from data import (NAMES, PRESETS, Parser, UserError, augment, batches, load, normalize, run_command,
-                  write_aside, write_csv)
+from data import (NAMES, PRESETS, Parser, UserError, augment, batches, load, normalize, one_line,
+                  run_command, write_aside, write_csv)
 from model import INPUT_SHAPES, NETWORKS, build, count_parameters, set_dropout
 
 # ---- The loss ---------------------------------------------------------------------------------
@@ -230,43 +230,52 @@ def new_folder(out: Path) -> Path:
         raise UserError(f"--out {out} cannot be written: {error.strerror}")
 
 
-def save(folder: Path, epoch: int, rows: list, net, average, optimizer, scheduler) -> None:
+def save(folder: Path, config: dict, epoch: int, rows: list, net, average, optimizer,
+         scheduler) -> None:
     """The checkpoint and what is derived from it. Interrupted at any point, each file is whole, and
     the checkpoint, written first, has everything that --resume needs."""
-    state = {"epoch": epoch, "rows": rows, "net": net.state_dict(), "average": average.state_dict(),
-             "optimizer": optimizer.state_dict(), "scheduler": scheduler.state_dict()}
+    state = {"config": config, "epoch": epoch, "rows": rows, "net": net.state_dict(),
+             "average": average.state_dict(), "optimizer": optimizer.state_dict(),
+             "scheduler": scheduler.state_dict()}
     with write_aside(folder / "checkpoint.pt") as path, open(path, "wb") as file:
         torch.save(state, file)
+    with write_aside(folder / "config.json") as path:
+        path.write_text(json.dumps(config, indent=1))
     if rows:
         write_csv(folder / "log.csv", rows)
         curves(rows, folder / "curves.png")
 
 
-def load_checkpoint(folder: Path, config: dict, device, net, average, optimizer, scheduler):
-    """Put the last checkpoint's state into the four; return (epoch, rows). Raises UserError."""
+def load_checkpoint(folder: Path) -> dict:
+    """What save() left in a run folder. Raises UserError."""
+    path = folder / "checkpoint.pt"
     try:
-        state = torch.load(folder / "checkpoint.pt", map_location=device, weights_only=True)
-        for part, name in ((net, "net"), (average, "average"), (optimizer, "optimizer"),
-                           (scheduler, "scheduler")):
-            part.load_state_dict(state[name])
-        return state["epoch"], state["rows"]
-    except (RuntimeError, ValueError, KeyError, EOFError, OSError, pickle.UnpicklingError) as error:
-        raise UserError(f"{folder}/checkpoint.pt does not fit the network {config['model']!r}: "
-                        f"{str(error).strip().splitlines()[0]}")
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        if (folder / "config.json").exists():
+            if json.loads((folder / "config.json").read_text()) != state["config"]:
+                raise ValueError("it began with other settings than config.json has, and a run "
+                                 "keeps its settings")
+    except FileNotFoundError:
+        raise UserError(f"--resume {folder}: no run folder (it has no checkpoint.pt)")
+    except Exception as error:       # whatever a damaged file can do to json, zip, pickle and torch
+        raise UserError(f"--resume {folder}: cannot go on from {path}: {one_line(error)}")
+    return state
 
 
-def train(config: dict, data, device, folder: Path, resume=False) -> list[dict]:
-    """Train to the last epoch, saving after each; return the rows of the log.
+def train(config: dict, data, training, folder: Path, state=None) -> list[dict]:
+    """Train to the last epoch, saving after each; return the rows of the log. `training` is what
+    make_training returns, `state` a checkpoint to go on from.
 
     The last epoch is the result, not the best one: picking the best epoch by its test accuracy, as
     the notes do, makes a choice on the test set, and the maximum of 18 noisy numbers flatters.
     """
-    training = net, average, optimizer, scheduler = make_training(config, data, device)
     epoch, rows = 0, []
-    if resume and (folder / "checkpoint.pt").exists():       # else it was killed at the very start
-        epoch, rows = load_checkpoint(folder, config, device, *training)
+    if state:
+        for part, name in zip(training, ("net", "average", "optimizer", "scheduler")):
+            part.load_state_dict(state[name])
+        epoch, rows = state["epoch"], state["rows"]
         print(f"{folder}: going on after epoch {epoch} of {config['epochs']}")
-    save(folder, epoch, rows, *training)     # a run can be resumed from its first moment on
+    save(folder, config, epoch, rows, *training)         # it can be resumed from its first moment on
     for epoch in range(epoch + 1, config["epochs"] + 1):
         try:
             rows.append(run_epoch(epoch, config, data, *training,
@@ -274,10 +283,10 @@ def train(config: dict, data, device, folder: Path, resume=False) -> list[dict]:
         except UserError as error:
             raise UserError(f"epoch {epoch}: {error}. Try a lower --lr (now {config['lr']:g}) or "
                             f"--clip 1; {folder}/checkpoint.pt holds epoch {epoch - 1}")
-        save(folder, epoch, rows, *training)
+        save(folder, config, epoch, rows, *training)
         print_epoch(rows[-1], data)
     with write_aside(folder / "weights.pt") as path, open(path, "wb") as file:
-        torch.save(average.state_dict(), file)
+        torch.save(training[1].state_dict(), file)       # of the averaged network
     return rows
 
 
@@ -327,13 +336,13 @@ errors     {errors}
 network    {config['model']}, {count_parameters(net):,} parameters
 training   {config['epochs']} epochs in {seconds:.0f} s on {data.mean.device}, seed {config['seed']}
 saved in   {folder}: weights.pt, log.csv, curves.png, config.json, checkpoint.pt
-next       python analyze.py --run {folder}""")
+next       python analyze.py --run {shlex.quote(str(folder))}""")
 
 
 def print_distribution(accuracies: list[float], data) -> None:
     print(f"\n{data.name} test accuracy of the last epoch, {len(accuracies)} seeds: "
           f"{' '.join(f'{a:.2f}' for a in accuracies)}\n"
-          f"mean {statistics.mean(accuracies):.3f}%  standard deviation "
+          f"{data.name} mean {statistics.mean(accuracies):.3f}%  standard deviation "
           f"{statistics.stdev(accuracies):.3f}  minimum {min(accuracies):.2f}  "
           f"maximum {max(accuracies):.2f}")
 
@@ -341,14 +350,13 @@ def print_distribution(accuracies: list[float], data) -> None:
 # ---- The command line -------------------------------------------------------------------------
 
 
-def number(kind, low, high=math.inf, open_low=False):
-    """An argparse type: a finite number of `kind` from low to high (above low, if open_low)."""
+def number(kind, low, high=10 ** 9, open_low=False):
+    """An argparse type: a number of `kind` from low to high (above low, if open_low)."""
     def parse(text):
         value = kind(text)
-        if not low <= value <= high or (open_low and value == low) or not math.isfinite(value):
+        if not low <= value <= high or (open_low and value == low):
             limits = f"above {low}" if open_low else f"at least {low}"
-            raise argparse.ArgumentTypeError(
-                f"{text} must be {limits}" + (f" and at most {high}" if high < math.inf else ""))
+            raise argparse.ArgumentTypeError(f"{text} must be {limits} and at most {high}")
         return value
     parse.__name__ = kind.__name__           # argparse says "invalid float value" by this name
     return parse
@@ -365,7 +373,7 @@ def add_shared_flags(parser) -> None:
     add("--data-dir", default="data", help="where the data set is or will be put")
     add("--augment", choices=PRESETS, default="default")
     add("--opt", choices=DEFAULT_LR, default="sgd")
-    add("--momentum", type=number(float, 0, 0.9999), default=0.9, help="sgd's; beta1 of the Adams")
+    add("--momentum", type=number(float, 0, 0.9999), default=0.9, help="sgd's; beta1 of the Adams; rmsprop has none")
     add("--weight-decay", type=number(float, 0), help="default: by optimizer")
     add("--batch-size", type=number(int, 1), default=128)
     add("--loss", choices=LOSSES, default="cross-entropy")
@@ -376,14 +384,14 @@ def add_shared_flags(parser) -> None:
         help="moving average of the weights; 0 is off")
     add("--val", type=number(int, 0), default=0, help="hold out the last VAL training images")
     add("--limit", type=number(int, 1), help="train on the first LIMIT images only")
-    add("--seed", type=number(int, 0, 10 ** 9), default=0)
+    add("--seed", type=number(int, 0), default=0)
     add("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto")
     add("--amp", action="store_true", help="compute in bfloat16 where it is safe")
     add("--deterministic", action="store_true", help="same bits in every run on a GPU too; slower")
 
 
-def parse() -> tuple[Parser, argparse.Namespace]:
-    parser = Parser(prog="train.py", description="Train a network on MNIST.")
+def make_parser() -> Parser:
+    parser = Parser(prog="train.py", description="Train a network on MNIST.", allow_abbrev=False)
     add_shared_flags(parser)
     add = parser.add_argument
     add("--sched", choices=SCHEDULES, default="onecycle")
@@ -393,7 +401,7 @@ def parse() -> tuple[Parser, argparse.Namespace]:
     add("--runs", type=number(int, 1), default=1, help="how many seeds to train, from --seed on")
     add("--out", type=Path, default=Path("runs"), help="where run folders are made")
     add("--resume", type=Path, metavar="RUN", help="go on with this run folder")
-    return parser, parser.parse_args()
+    return parser
 
 
 NOT_IN_CONFIG = ("out", "resume", "runs", "head", "down", "activation")
@@ -441,35 +449,29 @@ def load_for(config: dict) -> tuple:
     return data, device
 
 
-def open_run(args, parser) -> tuple[dict, Path | None]:
-    """(config, folder): of the flags and a folder still to be made, or of the run to resume."""
+def open_run(args) -> tuple[dict, dict | None]:
+    """(config, state): of the flags and nothing, or of the run to resume and its checkpoint."""
+    config = make_config(args)
     if args.resume is None:
-        config = make_config(args)
         if config["lr"] is None:
             config["lr"] = DEFAULT_LR[args.opt][args.sched == "onecycle"]
         if args.sched == "plateau" and not config["val"]:
             config["val"] = 5000
             print("--sched plateau watches the loss of held-out images: --val 5000")
         return config, None
-    for name, value in vars(args).items():
-        if name not in ("resume", "data_dir", "device") and value != parser.get_default(name):
-            raise UserError(f"--resume goes on with the run's own settings: leave out "
-                            f"--{name.replace('_', '-')} {value}")
-    try:                                     # every flag is at its default here: saved ones win
-        config = make_config(args) | json.loads((args.resume / "config.json").read_text())
-        if config["lr"] is None or config["model"] not in NETWORKS:
-            raise ValueError
-    except (OSError, ValueError, TypeError):
-        raise UserError(f"--resume {args.resume}: no run folder (it has no readable config.json)")
-    for name in ("data_dir", "device"):
-        if getattr(args, name) != parser.get_default(name):
-            config[name] = getattr(args, name)
-    return config, args.resume
+    given = {word.split("=")[0] for word in sys.argv[1:] if word.startswith("--")}
+    if given - {"--resume", "--data-dir", "--device"}:
+        raise UserError("--resume goes on with the run's own settings: leave out "
+                        + " ".join(sorted(given - {"--resume", "--data-dir", "--device"})))
+    state = load_checkpoint(args.resume)
+    here = {name: config[name] for name in ("data_dir", "device")
+            if f"--{name.replace('_', '-')}" in given}
+    return config | state["config"] | here, state
 
 
 def main() -> None:
-    parser, args = parse()
-    config, folder = open_run(args, parser)
+    args = make_parser().parse_args()
+    config, state = open_run(args)
     data, device = load_for(config)
     print(f"{data.name}: {len(data.train[0]):,} training, {len(data.val[0]):,} held-out, "
           f"{len(data.test[0]):,} test images; network {config['model']!r} on {device}; "
@@ -478,15 +480,13 @@ def main() -> None:
     for seed in range(first_seed, first_seed + args.runs):
         config |= {"seed": seed, "mean": data.mean.flatten().tolist(),
                    "std": data.std.flatten().tolist()}
-        if args.resume is None:
-            folder = new_folder(args.out)
-            with write_aside(folder / "config.json") as path:
-                path.write_text(json.dumps(config, indent=1))
+        training = make_training(config, data, device)   # first: it may find fault with the flags
+        folder = args.resume or new_folder(args.out)
         try:
-            rows = train(config, data, device, folder, resume=args.resume is not None)
+            rows = train(config, data, training, folder, state)
         except KeyboardInterrupt:
             rest = first_seed + args.runs - seed - 1
-            print(f"\nstopped. Go on with: python train.py --resume {folder}" + (
+            print(f"\nstopped. Go on with: python train.py --resume {shlex.quote(str(folder))}" + (
                 f"\nand then the other seeds, with your flags: --seed {seed + 1} --runs {rest}"
                 if rest else ""))
             raise
