@@ -40,8 +40,8 @@ def down_block(c_in: int, c_out: int, down="pool", activation=nn.ReLU) -> nn.Seq
     """A 3×3 block that also halves height and width: "pool" (2×2 maximum) or "stride" (step 2).
 
     The pool sits before batch norm and activation, not after: they then work on a quarter of the
-    numbers. (A ReLU may trade places with a maximum: it never reorders. SiLU, which dips below 0,
-    may not: with it this is a function of its own, and it learns well.)
+    numbers. That makes a function of its own, and it learns well: batch norm measures the maxima
+    only, and SiLU, which dips below 0, may not trade places with a maximum as a ReLU may.
     "stride" computes only every second output to begin with: cheaper still, but it never looks
     at the three other positions that the pool compares.
     """

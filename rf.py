@@ -34,7 +34,7 @@ from torch import Tensor, fx, nn
 from torchvision.transforms.functional import to_pil_image
 
 from analyze import find_run, gallery, heat, load_run, mean_std_of
-from data import NAMES, Parser, UserError, load, normalize, run_command
+from data import NAMES, Parser, UserError, load, normalize, one_line, run_command
 from model import INPUT_SHAPES, build, count_parameters
 
 # ---- The arithmetic, along one axis -----------------------------------------------------------
@@ -133,7 +133,7 @@ def trace(net: nn.Module, images: Tensor, probe: bool) -> tuple[fx.GraphModule, 
         net = copy.deepcopy(net).eval()
         traced = fx.GraphModule(net, Tracer().trace(net)).to(images)
     except Exception as error:                       # whatever the reader's forward() does
-        raise UserError(f"torch.fx cannot follow {type(net).__name__}: {first_line(error)}")
+        raise UserError(f"torch.fx cannot follow {type(net).__name__}: {one_line(error)}")
     if probe:
         for name, weights in traced.named_parameters():
             weights.data.fill_(0 if name.endswith("bias") else 1)
@@ -271,10 +271,6 @@ def times(numbers) -> str:
     return "×".join(map(str, numbers))
 
 
-def first_line(error: Exception) -> str:
-    return (str(error) or repr(error)).splitlines()[0]
-
-
 def remark(windows: list, shape: tuple, out: tuple, axes: list, result: tuple) -> str:
     """What the reader may not expect of a call that works, or nothing."""
     if len(axes) > 1 and any(pair[0].jump for pair in axes) and result[0].jump == 0:
@@ -315,7 +311,7 @@ def diagnose(error: Exception, kind: str, call, shapes: list, latest_map: tuple)
     if kind in BRANCHES:
         return (f"cannot join {' and '.join(map(times, shapes))}: give the branches the same "
                 "padding and strides, and for a sum the same channels")
-    return f"fails: {first_line(error)}"
+    return f"fails: {one_line(error)}"
 
 
 # ---- The table --------------------------------------------------------------------------------

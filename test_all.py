@@ -620,11 +620,11 @@ def test_the_moving_average_forgets_its_start_and_is_a_copy_when_off():
 # ---- train.py: whole runs ---------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("count,steps", [(10, 60), (100, 120)])
+@pytest.mark.parametrize("count,steps", [(10, 50), (100, 100)])
 def test_a_healthy_network_can_learn_a_few_images_by_heart(digits, count, steps):
     torch.manual_seed(0)
     net = model.build("default")
-    optimizer = train.make_optimizer("adam", net, 1e-2, 0.0)
+    optimizer = train.make_optimizer("adam", net, 1e-3, 0.0)
     x = data.normalize(digits.train[0][:count], digits.mean, digits.std)
     for _ in range(steps):
         optimizer.zero_grad()

@@ -183,6 +183,7 @@ def make_training(config: dict, data, device):
 def run_epoch(epoch: int, config: dict, data, net, average, optimizer, scheduler,
               sets=("val", "test"), show=lambda *_: None) -> dict:
     """Train one epoch (counted from 1), evaluate the averaged weights, return one row of the log.
+    Its "lr" is the rate after the epoch's last batch, as in the notes.
 
     Every epoch starts its own random numbers from (seed, epoch): a resumed run draws the same
     order, warps and dropout as one never interrupted, and no generator has to be saved.
