@@ -96,6 +96,8 @@ def union(axes: list[Axis]) -> Axis:
 
 SLIDING = set("Conv2d MaxPool2d max_pool2d AvgPool2d avg_pool2d".split())
 ADAPTIVE = {"AdaptiveAvgPool2d", "AdaptiveMaxPool2d", "adaptive_avg_pool2d", "adaptive_max_pool2d"}
+ARGUMENTS = {"max_pool2d": "input kernel_size stride padding dilation".split(),
+             "avg_pool2d": "input kernel_size stride padding".split()}          # by their position
 BRANCHES = set("add iadd sub mul imul truediv cat concat".split())
 POINTWISE = set("Identity ReLU relu relu_ ReLU6 relu6 LeakyReLU leaky_relu PReLU ELU elu SELU GELU "
                 "gelu SiLU silu Mish Sigmoid sigmoid Hardsigmoid Hardswish Tanh tanh BatchNorm1d "
@@ -149,8 +151,9 @@ def identify(node: fx.Node, traced: fx.GraphModule) -> tuple[str, str, object]:
         return f"{node.target} {type(module).__name__}", type(module).__name__, module
     kind = getattr(node.target, "__name__", str(node.target))
     inside = list(node.meta.get("nn_module_stack") or [""])[-1]                 # "layer1.0"
-    bound = kind in SLIDING and node.normalized_arguments(traced, normalize_to_only_use_kwargs=True)
-    return f"{inside} {node.name}".strip(), kind, SimpleNamespace(**bound.kwargs if bound else {})
+    arguments = dict(zip(ARGUMENTS.get(kind, ()), node.args)) | node.kwargs
+    call = SimpleNamespace(**{"stride": None, "padding": 0} | arguments)
+    return f"{inside} {node.name}".strip(), kind, call
 
 
 def geometry(kind: str, call, shape: tuple, out: tuple) -> list[tuple[int, int, int, int]]:
@@ -215,6 +218,8 @@ def walk(net: nn.Module, input_shape: tuple, probe=False) -> Iterator[Row]:
             if len(value) != len(images):
                 raise UserError(f"turns 1 image into {len(value)}: see torch.flatten(x, 1)")
             out = tuple(value.shape[1:])
+            if 0 in out:                                 # torch 2.6 lets it pass on "meta"
+                raise ValueError("leaves nothing of the map")
             windows = geometry(kind, call, shapes[0], out)
             axes[node] = see(kind, windows, before, out)
         except Exception as error:                   # PyTorch refuses with many types of exception
