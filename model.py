@@ -302,45 +302,51 @@ class BatchNormalize(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor, *rest) -> Tensor:
-        """x is N×C×H×W, weight (γ) and bias (β) are C. `rest`: running mean and variance, which are
-        updated, whether to use the batch's own (True), momentum, eps."""
-        y, mean, inverse_std = torch.native_batch_norm(x, weight, bias, *rest)
-        ctx.save_for_backward(x, weight, mean, inverse_std)
-        return y
+    def forward(ctx, x: Tensor, gamma: Tensor, beta: Tensor, eps: float):
+        """x is N×C×H×W, gamma and beta 1×C×1×1. Returns y, and mean and variance, 1×C×1×1."""
+        mean = x.mean((0, 2, 3), keepdim=True)
+        centred = x - mean
+        variance = centred.square().mean((0, 2, 3), keepdim=True)
+        inverse_std = (variance + eps).rsqrt()                   # eps: a constant channel has std 0
+        ctx.save_for_backward(centred, gamma, inverse_std)
+        ctx.mark_non_differentiable(mean, variance)
+        return torch.addcmul(beta, centred, gamma * inverse_std), mean, variance
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, g: Tensor):
-        x, *per_channel = ctx.saved_tensors
-        weight, mean, inverse_std = (values.view(1, -1, 1, 1) for values in per_channel)
-        centred = x - mean
-        grad_bias = g.sum((0, 2, 3), keepdim=True)
-        grad_weight = (g * centred).sum((0, 2, 3), keepdim=True) * inverse_std
-        slope, count = weight * inverse_std, g.numel() / g.shape[1]
-        grad_x = torch.addcmul(-slope * grad_bias / count, g, slope)
-        grad_x.addcmul_(centred, -slope * inverse_std * grad_weight / count)
-        return grad_x, grad_weight.flatten(), grad_bias.flatten(), None, None, None, None, None
+    def backward(ctx, g: Tensor, *_):
+        centred, gamma, inverse_std = ctx.saved_tensors
+        grad_beta = g.sum((0, 2, 3), keepdim=True)
+        grad_gamma = (g * centred).sum((0, 2, 3), keepdim=True) * inverse_std
+        slope, count = gamma * inverse_std, g.numel() / g.shape[1]
+        grad_x = torch.addcmul(-slope * grad_beta / count, g, slope)
+        grad_x.addcmul_(centred, -slope * inverse_std * grad_gamma / count)
+        return grad_x, grad_gamma, grad_beta, None
 
 
 class BatchNorm2d(nn.BatchNorm2d):
     """Normalizes by the batch while training, by running averages of mean and variance after.
 
-    The gradient is written out for the sake of speed. Where the channels of a pixel lie side by
-    side in memory, each thread of torch's own sums into its own row of one small buffer. Unless the
+    Training is written out for the sake of speed. Where the channels of a pixel lie side by side in
+    memory, each thread of torch's own sums into its own row of one small buffer. Unless the
     channels fill cache lines of 64 bytes, 16 numbers, two threads write into the same line and wait
     for each other: two threads then take longer than one.
     """
 
     def forward(self, x: Tensor) -> Tensor:
         waits = (self.training and x.device.type == "cpu" and x.dtype == torch.float32
-                 and x.shape[1] % 16 > 0 and torch.get_num_threads() > 1
+                 and self.num_features % 16 > 0 and torch.get_num_threads() > 1
+                 and x.shape[1] == self.num_features
                  and x.is_contiguous(memory_format=torch.channels_last))
         if not waits:
             return super().forward(x)
+        y, mean, variance = BatchNormalize.apply(x, self.weight.view(1, -1, 1, 1),
+                                                 self.bias.view(1, -1, 1, 1), self.eps)
+        count = x.numel() / x.shape[1]                           # the running variance is unbiased
+        self.running_mean.lerp_(mean.flatten(), self.momentum)
+        self.running_var.lerp_(variance.flatten() * count / (count - 1), self.momentum)
         self.num_batches_tracked += 1
-        return BatchNormalize.apply(x, self.weight, self.bias, self.running_mean,
-                                    self.running_var, True, self.momentum, self.eps)
+        return y
 
 
 class Dropout(nn.Dropout):
@@ -357,4 +363,4 @@ class Dropout(nn.Dropout):
         words = torch.empty(x.numel() // 4 + 1, dtype=torch.int64).random_(-2 ** 63, None)
         bits = words.view(torch.int16)[:x.numel()].as_strided(x.shape, x.stride())   # laid out as x
         keep = bits >= round(self.p * 2 ** 16) - 2 ** 15
-        return x * (keep.to(x.dtype) / (1 - self.p))
+        return x * keep.to(x.dtype).div_(1 - self.p)
