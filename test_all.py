@@ -767,7 +767,7 @@ def finished_run(tmp_path_factory):
     ("checkpoint.pt", None, "no run folder"),
     ("config.json", b"{", "JSONDecodeError"),
     ("config.json", {"epochs": 30}, "a run keeps its settings"),
-    ("config.json", {"model": "n1"}, "a run keeps its settings"),   # a checkpoint of another network
+    ("config.json", {"model": "n1"}, "a run keeps its settings"),   # another network's checkpoint
 ])
 def test_a_damaged_run_is_refused_in_one_line_and_left_alone(name, content, expected, finished_run,
                                                              tmp_path, monkeypatch, capsys):

@@ -249,13 +249,14 @@ def save(folder: Path, config: dict, epoch: int, rows: list, net, average, optim
 
 def load_checkpoint(folder: Path) -> dict:
     """What save() left in a run folder. Raises UserError."""
-    path = folder / "checkpoint.pt"
+    path, text = folder / "checkpoint.pt", folder / "config.json"
+    here = {"data_dir": None, "device": None}            # may change from one machine to the next
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-        if (folder / "config.json").exists():
-            if json.loads((folder / "config.json").read_text()) != state["config"]:
-                raise ValueError("it began with other settings than config.json has, and a run "
-                                 "keeps its settings")
+        config = state["config"] | here
+        if text.exists() and json.loads(text.read_text()) | here != config:
+            raise ValueError("it began with other settings than config.json has, and a run keeps "
+                             "its settings")
     except FileNotFoundError:
         raise UserError(f"--resume {folder}: no run folder (it has no checkpoint.pt)")
     except Exception as error:       # whatever a damaged file can do to json, zip, pickle and torch
@@ -276,7 +277,7 @@ def train(config: dict, data, training, folder: Path, state=None) -> list[dict]:
             part.load_state_dict(state[name])
         epoch, rows = state["epoch"], state["rows"]
         print(f"{folder}: going on after epoch {epoch} of {config['epochs']}")
-    save(folder, config, epoch, rows, *training)         # it can be resumed from its first moment on
+    save(folder, config, epoch, rows, *training)     # it can be resumed from its first moment on
     for epoch in range(epoch + 1, config["epochs"] + 1):
         try:
             rows.append(run_epoch(epoch, config, data, *training,
@@ -374,7 +375,8 @@ def add_shared_flags(parser) -> None:
     add("--data-dir", default="data", help="where the data set is or will be put")
     add("--augment", choices=PRESETS, default="default")
     add("--opt", choices=DEFAULT_LR, default="sgd")
-    add("--momentum", type=number(float, 0, 0.9999), default=0.9, help="sgd's; beta1 of the Adams; rmsprop has none")
+    add("--momentum", type=number(float, 0, 0.9999), default=0.9,
+        help="sgd's; beta1 of the Adams; rmsprop has none")
     add("--weight-decay", type=number(float, 0), help="default: by optimizer")
     add("--batch-size", type=number(int, 1), default=128)
     add("--loss", choices=LOSSES, default="cross-entropy")
