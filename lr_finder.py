@@ -378,7 +378,7 @@ def parse():
 def main() -> None:
     parser, args = parse()
     config = make_config(args)
-    config |= {"lr": args.start, "sched": "onecycle"}
+    config["lr"] = args.start
     if args.linear and args.linear <= args.start:
         raise UserError(f"--linear {args.linear:g} must be above --start {args.start:g}")
     cells = parse_grid(args.grid) if args.grid is not None else []

@@ -290,7 +290,8 @@ def count_parameters(net: nn.Module) -> int:
 
 
 # ---- Two layers, made faster ------------------------------------------------------------------
-# The same as torch's layers of these names, which they build on, with one part written out.
+# torch's layers of the same names, with their training on a CPU written out. Everywhere else they
+# are torch's own.
 
 
 class BatchNormalize(torch.autograd.Function):
@@ -319,6 +320,7 @@ class BatchNormalize(torch.autograd.Function):
         grad_beta = g.sum((0, 2, 3), keepdim=True)
         grad_gamma = (g * centred).sum((0, 2, 3), keepdim=True) * inverse_std
         slope, count = gamma * inverse_std, g.numel() / g.shape[1]
+        # The formula above, with x̂ = centred · inverse_std, in two passes over the memory:
         grad_x = torch.addcmul(-slope * grad_beta / count, g, slope)
         grad_x.addcmul_(centred, -slope * inverse_std * grad_gamma / count)
         return grad_x, grad_gamma, grad_beta, None
@@ -353,14 +355,15 @@ class Dropout(nn.Dropout):
     """While training, sets each number to 0 with probability p and multiplies the others by
     1 / (1 - p), which keeps the expected sum (Srivastava et al., 2014).
 
-    torch's own draws one random number for each on a CPU, in one thread. Here 64 random bits serve
-    four of them: p is a multiple of 1/65536.
+    On a CPU torch's own draws a random number for each number, in one thread. Here 64 random bits
+    serve four: 16 bits each, so p is rounded to a multiple of 1/65536.
     """
 
     def forward(self, x: Tensor) -> Tensor:
         if not (self.training and 0 < self.p < 0.99 and x.device.type == "cpu"):
             return super().forward(x)
-        words = torch.empty(x.numel() // 4 + 1, dtype=torch.int64).random_(-2 ** 63, None)
+        words = torch.empty(x.numel() // 4 + 1, dtype=torch.int64)
+        words.random_(-2 ** 63, None)                            # from the lowest: all 64 bits vary
         bits = words.view(torch.int16)[:x.numel()].as_strided(x.shape, x.stride())   # laid out as x
-        keep = bits >= round(self.p * 2 ** 16) - 2 ** 15
+        keep = bits >= round(self.p * 2 ** 16) - 2 ** 15         # bits are -2¹⁵ to 2¹⁵ - 1
         return x * keep.to(x.dtype).div_(1 - self.p)

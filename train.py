@@ -328,8 +328,7 @@ def print_epoch(row: dict, data) -> None:
                   flush=True)
 
 
-def print_summary(rows: list[dict], config: dict, data, folder: Path) -> None:
-    net = build(config["model"], **config["options"])
+def print_summary(rows: list[dict], config: dict, data, net: nn.Module, folder: Path) -> None:
     row, count, seconds = rows[-1], len(data.test[0]), sum(row["seconds"] for row in rows)
     errors = count - round(row["test_accuracy"] * count / 100)
     print(f"""
@@ -463,9 +462,9 @@ def open_run(args) -> tuple[dict, dict | None]:
             print("--sched plateau watches the loss of held-out images: --val 5000")
         return config, None
     given = {word.split("=")[0] for word in sys.argv[1:] if word.startswith("--")}
-    if given - {"--resume", "--data-dir", "--device"}:
+    if wrong := given - {"--resume", "--data-dir", "--device"}:
         raise UserError("--resume goes on with the run's own settings: leave out "
-                        + " ".join(sorted(given - {"--resume", "--data-dir", "--device"})))
+                        + " ".join(sorted(wrong)))
     state = load_checkpoint(args.resume)
     here = {name: config[name] for name in ("data_dir", "device")
             if f"--{name.replace('_', '-')}" in given}
@@ -493,7 +492,7 @@ def main() -> None:
                 f"\nand then the other seeds, with your flags: --seed {seed + 1} --runs {rest}"
                 if rest else ""))
             raise
-        print_summary(rows, config, data, folder)
+        print_summary(rows, config, data, training[0], folder)
         accuracies.append(rows[-1]["test_accuracy"])
     if len(accuracies) > 1:
         print_distribution(accuracies, data)
