@@ -9,152 +9,340 @@ whether now and then it is the label that is wrong.
     python analyze.py --suspects --runs runs/00*    is it the network or the label? (several seeds)
     python analyze.py --image photo.png             a digit of your own
 
-It prints the report and puts its pictures into the run's own folder, under analysis/. The project's
-only evaluation loop, line chart and gallery are here too; the other scripts import them.
+Its pictures go into the run's own folder, under analysis/. The project's only evaluation loop, line
+chart and gallery are here too; the other scripts import them.
 """
-import csv
-import json
+import io
 import math
-import warnings
+import zipfile
 from pathlib import Path
 
+from data import (PRESETS, Parser, UserError, augment, batches, load, normalize, reason,
+                  run_command, save, user_path)
+
+import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageDraw, ImageFilter, ImageFont, ImageOps
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch import Tensor, nn
-from torchvision.transforms.functional import pil_to_tensor, to_pil_image
-from torchvision.utils import make_grid
 
-from data import (PRESETS, Parser, UserError, augment, batches, load, normalize, one_line,
-                  run_command, write_aside)
 from model import INPUT_SHAPES, build, count_parameters
 
 # ---- The evaluation loop ----------------------------------------------------------------------
 
 
-@torch.no_grad()
-def evaluate(net: nn.Module, images: Tensor, labels: Tensor, mean: Tensor, std: Tensor,
-             batch_size=1000) -> dict:
-    """Loss (mean over the images), accuracy (0 to 1) and logits (N×10, on the CPU) of uint8 images.
-
-    The loss is taken over all images at once: a mean of batch means would let each image of a
-    smaller last batch count for more. Raises ValueError for an empty set.
-    """
-    if not len(labels):
-        raise ValueError("there are no images to evaluate")
+@torch.no_grad()                             # no gradient is wanted: keep no layer's output for one
+def evaluate(net: nn.Module, images: Tensor, labels: Tensor, mean, std, batch_size=1000) -> dict:
+    """Loss (mean over the images), accuracy (0 to 1), logits (N×10, on the CPU) of uint8 images."""
     was_training = net.training
-    net.eval()                               # dropout off, batch norm by its running statistics
-    logits = torch.cat([net(normalize(part, mean, std)).float()
-                        for part, _ in batches(images, labels, batch_size, shuffle=False)])
-    net.train(was_training)
-    return {"loss": F.cross_entropy(logits, labels).item(),
-            "accuracy": (logits.argmax(1) == labels).sum().item() / len(labels),
-            "logits": logits.cpu()}
+    # Dropout now lets everything pass, and batch norm takes its running statistics: with those of
+    # the batch, an image's logits would depend on which images happen to lie beside it.
+    net.eval()
+    parts = batches(images, labels, batch_size, shuffle=False)
+    logits = torch.cat([net(normalize(part, mean, std)).float() for part, _ in parts]).cpu()
+    net.train(was_training)                  # a caller in the midst of training finds it as it was
+    labels = labels.cpu()
+    # One mean over all images. A mean of the batches' means would let an image of a smaller last
+    # batch count for more: a single one left over would weigh as much as 1,000 others together.
+    return {"logits": logits, "loss": F.cross_entropy(logits, labels).item(),
+            "accuracy": (logits.argmax(1) == labels).double().mean().item()}
 
 
-# ---- Pictures: a line chart, a heat map, a gallery --------------------------------------------
+# ---- What the numbers say ---------------------------------------------------------------------
+
+
+def wilson(correct: int, total: int, z=1.96) -> tuple[float, float]:
+    """The 95% interval of an accuracy (Wilson, 1927): all true accuracies for which the observed
+    one, p, would be within 1.96 standard deviations, that is, no surprise.
+
+    The textbook's p ± 1.96·sqrt(p(1−p)/n) takes the standard deviation at p itself. Near 100% that
+    goes wrong: for 10 right of 10 it is 0, and the interval is the point 100%, as if ten images
+    could prove perfection. Wilson takes it at each candidate: 10 of 10 means 72% to 100%.
+    """
+    p, z2 = correct / total, z * z / total
+    centre = (p + z2 / 2) / (1 + z2)         # p, pulled towards 1/2 as if by z² ≈ 4 more images
+    half = z / (1 + z2) * math.sqrt((p * (1 - p) + z2 / 4) / total)
+    return centre - half, centre + half
+
+
+def calibration(logits: Tensor, labels: Tensor, bins=15) -> tuple[float, float]:
+    """Is it right in 90% of the cases in which it is 90% sure? Returns its mean confidence (largest
+    probability) and the expected calibration error (Guo et al., 2017): in bins by confidence, how
+    far mean confidence and accuracy lie apart, averaged, each bin weighted by its images."""
+    confidence, predictions = logits.softmax(1).max(1)
+    bin_of = (confidence * bins).long().clamp(max=bins - 1)          # clamp: 100% is the last bin's
+    # confidence − right, summed in a bin, is images × distance. An image alone is right or wrong,
+    # never "90% right", so it takes bins; a single bin would let too sure cancel too shy.
+    gaps = torch.zeros(bins).index_add(0, bin_of, confidence - (predictions == labels).float())
+    return confidence.mean().item(), gaps.abs().sum().item() / len(labels)
+
+
+def suspects(logits: Tensor, labels: Tensor) -> list[tuple[int, int, int, float, float]]:
+    """All N images, the least believed label first, from R×N×10 logits of R runs, one or more:
+    (index, label, best other digit, self-confidence, margin). (Northcutt, Athalye, Mueller, 2021)
+
+    Self-confidence is the label's probability, averaged over the runs; the margin is that less the
+    best other digit's: +1, all are certain of the label; below 0, an error; −1, all are certain
+    that it is wrong. Softmax comes before the average: one vote a run, however large its logits.
+    """
+    probabilities, own = logits.softmax(-1).mean(0), labels[:, None]                # N×10, N×1
+    given = probabilities.gather(1, own)[:, 0]
+    best, other = probabilities.scatter(1, own, -1.0).max(1)         # the label is out of the way
+    columns = (torch.arange(len(labels)), labels, other, given, given - best)
+    return sorted(zip(*(column.tolist() for column in columns)), key=lambda row: row[-1])
+
+
+@torch.no_grad()
+def evidence_maps(net: nn.Module, x: Tensor) -> Tensor | None:
+    """N×10×H×W: for each class a map of evidence, whose sum is the class's logit: what each place
+    adds to it. None for networks that do not end in a head "conv" or "place"."""
+    *body, head = net.children()
+    if not isinstance(head, nn.Sequential) or not isinstance(head[0], nn.Conv2d):
+        return None
+    maps = nn.Sequential(*body, *head[:-2])(x)           # all but the average and its flattening
+    maps = maps / maps[0, 0].numel()
+    # There is no bias after the maps, so their sums should be the logits: checked, not believed.
+    return maps if torch.allclose(maps.sum((2, 3)), net(x), 1e-3, 1e-3) else None
+
+
+def report_run(folder: Path, net: nn.Module, config: dict, data, out: Path) -> None:
+    """Print the report of one run and draw all its pictures."""
+    images, labels = data.test
+    result = evaluate(net, images, labels, *mean_std_of(config))
+    logits = result["logits"]
+    # A row for each label, a column for each answer. label·10 + answer numbers the 100 cells row by
+    # row, so counting how often each number occurs fills the whole table.
+    confusion = torch.bincount(labels * 10 + logits.argmax(1), minlength=100).view(10, 10)
+    low, high = wilson(confusion.trace().item(), len(labels))
+    sure, ece = calibration(logits, labels)
+    second = (logits.topk(2).indices[:, 1] == labels).sum()
+    ranked = suspects(logits[None], labels)
+    wrong = [row for row in ranked if row[-1] < 0]       # of one run: a negative margin is an error
+    print(f"{folder}: {config['model']}, {count_parameters(net):,} parameters\n"
+          f"{data.name} test set: accuracy {result['accuracy']:.2%} (95% interval {low:.2%} to "
+          f"{high:.2%}), {len(wrong)} errors in {len(labels)}, loss {result['loss']:.4f}\n"
+          f"second guess: right in {second} of the errors\ncalibration: {sure:.2%} sure on average"
+          f", expected calibration error {ece:.4f}\n\n"
+          f"label called{''.join(f'{digit:6}' for digit in range(10))}   recall")
+    # Recall divides by the row: of the real 4s, how many were called 4? Precision divides by the
+    # column: of all called 4, how many are 4s? A network that calls everything 4 has a recall of
+    # 100% there and a precision of 10%: either alone is easy to have.
+    for digit, row in enumerate(confusion.tolist()):
+        cells = "".join(f"{n or '.':>6}" for n in row)
+        print(f"{digit:<12}{cells}  {row[digit] / max(1, sum(row)):7.2%}")
+    precision = 100 * confusion.diag() / confusion.sum(0).clamp(min=1)
+    print(f"precision, %{''.join(f'{p:6.1f}' for p in precision)}\n\nmost confused")
+    pairs = (confusion + confusion.T).triu(1).flatten()  # 4 called 9 and 9 called 4: one confusion
+    for a, b in (divmod(cell, 10) for cell in pairs.topk(5).indices.tolist()):
+        print(f"{a} and {b}: {confusion[a, b]} {a}s called {b}, {confusion[b, a]} {b}s called {a}")
+
+    draw_ranked(wrong[:48], images, out / "failures.png", 8, f"{len(wrong)} errors, worst first")
+    # The colour is log(1 + count): on a linear scale a cell of 30 leaves all that are 1 as dark as
+    # 0; the 1 is for log(0). The diagonal, a hundred times as large, stays out of it.
+    colours = heat((confusion - confusion.diag().diag()).float().log1p().view(1, 100))
+    texts = [f"{i // 10} as {i % 10}: {n}" if n else "" for i, n in enumerate(confusion.flatten())]
+    gallery([colours.crop((i, 0, i + 1, 1)) for i in range(100)], texts, out / "confusion.png", 10,
+            72, "Confusion: a row for each label, a column for each answer")
+    digits = torch.stack([data.train[0][data.train[1] == digit][0] for digit in range(10)])
+    torch.manual_seed(0)                                 # the same picture each time
+    gallery([tile(255 * x) for name in PRESETS for x in augment(digits, name)],
+            [text for name in PRESETS for text in [name] + 9 * [""]], out / "augmented.png", 10, 2,
+            f"What each preset makes of ten digits. This run trained with {config['augment']!r}")
+    shown = sorted(row[0] for row in ranked if row[-1] > 0)[:4] + [row[0] for row in wrong[:4]]
+    draw_evidence(net, config, images[shown], out / "features.png")
+    if (folder / "checkpoint.pt").is_file():
+        curves(read_pt(folder / "checkpoint.pt")["rows"], out / "curves.png")
+
+
+def report_suspects(runs: list, data, out: Path) -> None:
+    """Print and draw the 20 least believed test labels of one run or several.
+
+    This ranks suspicions, it proves nothing: runs of one recipe share their blind spots, and an odd
+    digit with a right label looks the same from here. Of MNIST's 10,000 test labels people found 15
+    wrong (Northcutt et al., 2021): with four runs, all 15 were among the first 100 here.
+    """
+    if any(config["data"] != data.name for _, config in runs):
+        raise UserError("--runs: these were trained on different data")
+    logits = [evaluate(net, *data.test, *mean_std_of(config))["logits"] for net, config in runs]
+    ranked = suspects(torch.stack(logits), data.test[1])
+    print(f"{data.name}: {sum(row[-1] < 0 for row in ranked)} of {len(ranked)} labels have a margin"
+          " below 0. That proves nothing: look.\nindex  label  other  confidence  margin")
+    for row in ranked[:20]:
+        print("{:5}  {:5}  {:5}  {:10.4f}  {:+.3f}".format(*row))
+    draw_ranked(ranked[:20], data.test[0], out / "suspects.png", 5, "The least believed labels")
+
+
+# ---- Your own digit ---------------------------------------------------------------------------
+
+
+def open_picture(path) -> Tensor:
+    """A picture as numbers from 0 to 1, C×H×W, upright, at most 256 pixels wide and high: one
+    channel where pixels have 16 or 32 bits, else red, green, blue, opacity. Raises UserError."""
+    try:
+        picture = ImageOps.exif_transpose(Image.open(path))          # cameras note their turn
+        # RGBa is colour times opacity: whatever colour hides where nothing is opaque becomes 0, and
+        # transparent paper is one colour, from which ink of any colour differs in its opacity.
+        deep = picture.mode[0] in "IF"
+        picture = picture.convert("F") if deep else picture.convert("RGBA").convert("RGBa")
+        picture.thumbnail((256, 256))
+        x = torch.tensor(np.asarray(picture, np.float32)).nan_to_num(0, 0, 0)
+    except Exception as error:               # each format is damaged in its own way
+        raise UserError(f"--image {path} cannot be read as a picture ({reason(error)})")
+    return (x / x.abs().max().clamp(min=1e-9)).view(*x.shape[:2], -1).permute(2, 0, 1)
+
+
+def prepare(picture: Tensor) -> tuple[Tensor, str]:
+    """A picture C×H×W of one digit as MNIST would hold it, uint8 1×1×28×28, light on black; and in
+    words how the ink lies in it. Raises UserError for a blank picture.
+
+    MNIST's makers scaled each digit to fit 20×20 pixels and put its centre of mass in the middle
+    of 28×28 (LeCun et al., 1998); a network that has seen nothing else is lost on anything else.
+    """
+    # Ink is the minority: in each channel the median is the paper's. What is far from that colour
+    # is ink, chalk on a board or yellow on white, too; up to 15% is noise and shadow.
+    paper = picture.flatten(1).median(1).values[:, None, None]
+    far = F.threshold((picture - paper).abs().amax(0), 0.15, 0.0)                       # H×W
+    # How dark ink is, the middle half shows: a black frame or a desk at a side may be darker.
+    h, w = far.shape
+    mask = far > 0.4 * (far[h // 4:h - h // 4, w // 4:w - w // 4].max() or far.max())
+    # Connected pieces: each pixel begins with a number of its own and takes over the largest one
+    # within two pixels, again and again, until a piece has one number. Small ones are dust.
+    number, before = torch.arange(1.0, h * w + 1).view(1, h, w) * mask, mask
+    while not torch.equal(number, before):
+        before, number = number, F.max_pool2d(number, 5, 1, 2) * mask
+    number = number[0].long()
+    number = number * (number.flatten().bincount()[number] >= h * w / 3000)
+    # Frame and desk touch the border: what touches it is no ink, if there is anything else.
+    border = torch.cat([number[0], number[-1], number[:, 0], number[:, -1]])
+    inner = number * ~torch.isin(number, border)
+    kept = inner if inner.any() else number
+    if not kept.any():
+        raise UserError("--image: the picture is blank, nothing in it stands out from the paper")
+    ink = far / far[kept > 0].max() * F.max_pool2d((kept[None] > 0).float(), 5, 1, 2)[0]
+    ink = ((ink - 0.3) / 0.5).clamp(0, 1)                # paper has shadows, ink is uneven
+    ink = ink[ink.amax(1) > 0][:, ink.amax(0) > 0]       # rows and columns without it go
+    seen = ("fills the picture: is it a digit?" if ink.shape == far.shape else "is in one piece" if
+            len(kept[kept > 0].unique()) == 1 else "is in several pieces: is it one digit?")
+    size = [max(1, round(20 * side / max(ink.shape))) for side in ink.shape]
+    ink = F.interpolate(ink[None, None], size, mode="bilinear", antialias=True)[0, 0]
+    top, left = (round(14 - (ink.sum(1 - d) @ torch.arange(n).float() / ink.sum()).item())
+                 for d, n in enumerate(size))            # centre of mass; F.pad cuts what is < 0
+    ink = F.pad(ink / ink.max(), (left, 28 - size[1] - left, top, 28 - size[0] - top))
+    # A pen thinner than MNIST's has become pale: half as bright again.
+    return (255 * 1.5 * ink).clamp(max=255).byte()[None, None], seen
+
+
+def report_image(path: Path, net: nn.Module, config: dict, out: Path) -> None:
+    """Print the prepared picture and the ten probabilities, and draw the evidence maps."""
+    if INPUT_SHAPES[config["model"]] != (1, 28, 28):
+        raise UserError(f"--image: the network {config['model']!r} reads no 28x28 grey images")
+    image, seen = prepare(open_picture(path))
+    for row in image[0, 0].tolist():                     # characters that every encoding has
+        print("".join(2 * " .:+#"[math.ceil(value / 64)] for value in row).rstrip())
+    for digit, p in enumerate(net(normalize(image, *mean_std_of(config)))[0].softmax(0).tolist()):
+        print(f"{digit}  {p:7.2%}  {'#' * round(50 * p)}".rstrip())
+    print(f"the ink {seen}")
+    draw_evidence(net, config, image, out / "image.png")
+
+
+# ---- The pictures of one run ------------------------------------------------------------------
+
+
+def draw_ranked(rows: list, images: Tensor, path, columns: int, title: str) -> None:
+    """A gallery of what `suspects` found."""
+    gallery([tile(images[row[0]]) for row in rows],
+            ["#{0}  {4:+.2f}\nlabel {1}, said {2}".format(*row) for row in rows], path, columns,
+            title=f"{title}\n#index, margin (-1: certainly not the label)")
+
+
+def draw_evidence(net: nn.Module, config: dict, images: Tensor, path) -> None:
+    """A row an image: the image, then its ten evidence maps on one scale, each with its sum."""
+    maps = evidence_maps(net, normalize(images, *mean_std_of(config)))
+    if maps is None:
+        return print(f"no evidence maps: {config['model']} does not end in a head that has them")
+    tiles, texts = [], []
+    for image, ten in zip(images, maps):
+        tiles += [tile(image), *(heat(x, ten.abs().max()) for x in ten)]
+        sums = ten.sum((1, 2)).tolist()
+        texts += [f"said {np.argmax(sums)}", *(f"{i}:  {x:+.1f}" for i, x in enumerate(sums))]
+    gallery(tiles, texts, path, 11, 3, "Where it sees evidence for each digit (bright) or against "
+            "it (dark)\nThe number is the sum of the map: the digit's logit")
+
+
+def curves(rows: list[dict], path) -> None:
+    """The notes' 2×2 figure, from a log's rows: loss and accuracy in percent, train and test."""
+    chart([{"title": f"{title} {kind}", "x": "epoch", "y": unit, "lines": {
+                name: ([row["epoch"] for row in rows], [row[f"{name}_{kind}"] for row in rows])
+                for name in names if rows and f"{name}_{kind}" in rows[0]}}
+           for kind, unit in (("loss", "mean"), ("accuracy", "percent"))
+           for title, *names in (("Augmented training", "train"), ("Test", "test", "val"))], path)
+
+
+# ---- Drawing: a line chart, a heat map, a gallery ---------------------------------------------
 # Pillow's own font has no arrow and no multiplication sign: captions do without them.
 
-INK, GREY, PALE = "#222222", "#6b6b6b", "#e3e3e3"
+INK, GREY, PALE, font = "#222222", "#6b6b6b", "#e3e3e3", ImageFont.load_default
 LINES = ("#1f6fb4", "#d9622b", "#2e8b57", "#8e44ad", "#b8860b", "#008b8b", "#c2185b", "#555555")
-RAMP = ("#08051d", "#451077", "#a02f70", "#e4593d", "#fba40a", "#fcffa4")   # dark to light, evenly
-font = ImageFont.load_default                                               # of a size in pixels
 
 
-def save_png(image: Image.Image, path) -> None:
-    with write_aside(path) as aside:
-        image.save(aside, format="PNG")
+def axis(values, log=False):
+    """(place, ticks) of an axis for these values: place(value) is 0 at its low end, 1 at its high
+    end, NaN for what has no place on it; ticks are (place, label), round numbers."""
+    def scaled(value):                                   # on a log axis a place is an exponent
+        there = abs(value) < 1e100 and (value > 1e-100 or not log)        # false for NaN as well
+        return math.nan if not there else math.log10(value) if log else value
 
+    def place(value):                                    # clamped: Pillow's coordinates are int32
+        return min(max((scaled(value) - low) / (high - low), -9), 9)
 
-def on_axis(value, log: bool) -> float | None:
-    """A value's place on a linear or a log axis; None where it has none (NaN, infinite, beyond
-    1e100; on a log axis zero and less)."""
-    value = float(value)
-    if not abs(value) < 1e100 or (log and value < 1e-100):
-        return None
-    return math.log10(value) if log else value
-
-
-def make_axis(places: list, log: bool, given=(), air=0.05) -> tuple[float, float, list]:
-    """(low, high, ticks) of an axis. Limits: the given ones, or those of the places on it and some
-    air. Ticks (place, label) lie at 1, 2 or 5 times a power of ten. Places on a log axis are
-    logarithms, labels are the values themselves."""
-    low, high = min(places, default=0.0), max(places, default=1.0)
-    air = air * (high - low) or 0.1 * abs(low) or 1.0
-    low, high = low - air, high + air
-    if given and None not in given and given[0] < given[1]:
-        low, high = given
-    if log and high - low < 3:
-        ticks = [decade + math.log10(digit) for decade in range(math.floor(low), math.ceil(high))
-                 for digit in ((1, 2, 5) if high - low > 1 else range(1, 10))]
-    else:
-        finest = max(high - low, 6.0 if log else 0.0) / 6
-        power = 10 ** math.floor(math.log10(finest))
-        step = power * next(digit for digit in (1, 2, 5, 10) if digit * power >= finest)
-        ticks = [i * step for i in range(math.ceil(low / step), math.floor(high / step) + 1)]
-    return low, high, [(tick, f"{10 ** tick if log else tick:.6g}") for tick in ticks
-                       if low <= tick <= high]
+    known = [x for x in map(scaled, values) if x == x] or [0, 1]         # x == x is false for NaN
+    air = 0.03 * (max(known) - min(known)) or 0.1 * abs(known[0]) or 1
+    low, high = min(known) - air, max(known) + air
+    finest = max((high - low) / 8, bool(log))            # up to eight ticks; on a log axis, decades
+    step = 10 ** math.floor(math.log10(finest))
+    step *= next(digit for digit in (1, 2, 5, 10) if digit * step >= finest)
+    digits = (1, 2, 5) if log and high - low < 3 else (1,)               # few decades: more ticks
+    ticks = [i * step + math.log10(digit) for digit in digits
+             for i in range(math.floor(low / step), math.ceil(high / step))]
+    return place, [((x - low) / (high - low), f"{10 ** x if log else x:.6g}")
+                   for x in ticks if low <= x <= high]
 
 
 def draw_panel(panel: dict, width: int, height: int) -> Image.Image:
-    """One panel of a chart, twice as wide and high as it will be shown, which smooths its lines."""
-    log_x, log_y = panel.get("log_x", False), panel.get("log_y", False)
-    lines = {name: [(on_axis(x, log_x), on_axis(y, log_y)) for x, y in zip(*line)]
-             for name, line in panel["lines"].items()}
-    points = [point for line in lines.values() for point in line if None not in point]
-    marks = [(name, on_axis(x, log_x)) for name, x in panel.get("marks", {}).items()]
-    marks = [(name, x) for name, x in marks if x is not None]
-    y_range = [on_axis(y, log_y) for y in panel.get("y_range", ())]
-    x0, x1, x_ticks = make_axis([x for x, _ in points] + [x for _, x in marks], log_x, air=0.02)
-    y0, y1, y_ticks = make_axis([y for _, y in points], log_y, y_range)
-
-    # A title, a row with the name of the y axis and the legend, and below them the frame.
+    """One panel of a chart: title, the y axis's name and those of the lines, frame, x axis."""
+    marks, log_y, text = panel.get("marks", {}), panel.get("log_y"), font(30)
+    xs, ys = ([v for line in panel["lines"].values() for v in line[i]] for i in (0, 1))
+    x_of, x_ticks = axis([*xs, *marks.values()], panel.get("log_x"))
+    y_of, y_ticks = axis(panel.get("y_range", ys), log_y)
+    ends = 1e-99 if log_y else -1e99, 1e99               # a mark is a line, from far below to above
+    lines = panel["lines"] | {name: ((x, x), ends) for name, x in marks.items()}
     image = Image.new("RGB", (2 * width, 2 * height), "white")
-    draw, text = ImageDraw.Draw(image), font(30)
-    left, top, right, bottom = 152, 128, 2 * width - 48, 2 * height - 104
+    draw, left, x, y, w = ImageDraw.Draw(image), 152, 152, 84, 2 * width - 200
     draw.text((left, 28), panel["title"], INK, font(38))
-    draw.text((left, top - 44), panel["y"], GREY, text)
-    draw.text(((left + right) / 2, bottom + 60), panel["x"], GREY, text, anchor="ma")
-    x = left + draw.textlength(panel["y"], text) + 48
-    for name, colour in zip(lines, LINES * len(lines)):
-        if x + 48 + draw.textlength(name, text) > right:                 # a further row of legend
-            x, top = left, top + 40
-        draw.line((x, top - 26, x + 36, top - 26), colour, 6)
-        draw.text((x + 48, top - 44), name, INK, text)
-        x += 84 + draw.textlength(name, text)
-    frame = Image.new("RGB", (right - left, bottom - top), "white")      # cuts off what leaves it
+    for name, colour in [(panel["y"], GREY), *zip(lines, LINES * len(lines))]:
+        if x + draw.textlength(name, text) > left + w:   # a further row of names
+            x, y = left, y + 40
+        draw.text((x, y), name, colour, text)
+        x += draw.textlength(name, text) + 40
+    top, h = y + 44, 2 * height - 148 - y
+    frame = Image.new("RGB", (w, h), "white")            # cuts off what leaves it
     inside = ImageDraw.Draw(frame)
-
-    def pixel(x, y):                                    # clamped: Pillow's coordinates are int32
-        return (min(max((x - x0) / (x1 - x0) * frame.width, -1e4), 1e4),
-                min(max((y1 - y) / (y1 - y0) * frame.height, -1e4), 1e4))
-
-    for tick, label in x_ticks:
-        x = pixel(tick, y0)[0]
-        inside.line((x, 0, x, frame.height), PALE, 2)
-        draw.text((left + x, bottom + 16), label, GREY, text, anchor="ma")
-    for tick, label in y_ticks:
-        y = pixel(x0, tick)[1]
-        inside.line((0, y, frame.width, y), PALE, 2)
-        draw.text((left - 16, top + y), label, GREY, text, anchor="rm")
-    for line, colour in zip(lines.values(), LINES * len(lines)):
-        pixels = [None if None in point else pixel(*point) for point in line]
-        for here, there in zip(pixels, pixels[1:] + [None]):
-            if here:
-                r = 5 if len(line) <= 30 else 2
-                inside.ellipse((here[0] - r, here[1] - r, here[0] + r, here[1] + r), colour)
-            if here and there:
-                inside.line((*here, *there), colour, 4)
-    for row, (name, x) in enumerate(marks):
-        x = pixel(x, y0)[0]
-        inside.line((x, 0, x, frame.height), INK, 2)
-        x = min(x + 12, frame.width - draw.textlength(name, text) - 12)
-        inside.text((x, 12 + 40 * row), name, INK, text, stroke_width=6, stroke_fill="white")
-    if not points:
-        inside.text((frame.width / 2, frame.height / 2), "nothing to draw", GREY, text, anchor="mm")
+    for place, label in x_ticks:
+        inside.line((w * place, 0, w * place, h), PALE, 2)
+        draw.text((left + w * place, top + h + 16), label, GREY, text, anchor="ma")
+    for place, label in y_ticks:
+        inside.line((0, h - h * place, w, h - h * place), PALE, 2)
+        draw.text((left - 16, top + h - h * place), label, GREY, text, anchor="rm")
+    for (xs, ys), colour in zip(lines.values(), LINES * len(lines)):
+        points = [(w * x_of(x), h - h * y_of(y)) for x, y in zip(xs, ys)]
+        for here, there in zip(points, points[1:] + points[-1:]):
+            if not math.isnan(sum(here + there)):        # NaN leaves a gap
+                inside.line(here + there, colour, 4)
+                inside.circle(here, 5 if len(points) <= 30 else 2, colour)
     image.paste(frame, (left, top))
-    draw.rectangle((left, top, right, bottom), outline=GREY, width=2)
-    return image.resize((width, height))
+    draw.rectangle((left, top, left + w, top + h), outline=GREY, width=2)
+    draw.text((left + w / 2, top + h + 60), panel["x"], GREY, text, anchor="ma")
+    return image.reduce(2)                               # drawn twice as large: halving smooths it
 
 
 def chart(panels: list[dict], path, columns=2) -> None:
@@ -165,27 +353,14 @@ def chart(panels: list[dict], path, columns=2) -> None:
     A panel may also have "log_x": True, "log_y": True, "y_range": (low, high), and for vertical
     lines "marks": {name: x}. NaN and infinite values leave a gap.
     """
-    columns = max(1, min(columns, len(panels)))
-    width, height = (600, 450) if columns > 1 else (900, 560)
-    rows = max(1, math.ceil(len(panels) / columns))
-    sheet = Image.new("RGB", (columns * width, rows * height), "white")
-    for i, panel in enumerate(panels):
-        sheet.paste(draw_panel(panel, width, height), (i % columns * width, i // columns * height))
-    save_png(sheet, path)
+    columns = min(columns, len(panels))
+    size = (600, 450) if columns > 1 else (900, 560)
+    gallery([draw_panel(panel, *size) for panel in panels], [""] * len(panels), path, columns, 1)
 
 
-def curves(rows: list[dict], path) -> None:
-    """The notes' 2×2 figure of a run, from the rows of its log: loss and accuracy in percent, on
-    training and on test images."""
-    def panel(title, kind, y, *sets):
-        lines = {name: ([row["epoch"] for row in rows], [row[f"{name}_{kind}"] for row in rows])
-                 for name in sets if rows and f"{name}_{kind}" in rows[0]}
-        return {"title": title, "x": "epoch", "y": y, "lines": lines}
-
-    chart([panel("Training loss (augmented, dropout on)", "loss", "mean", "train"),
-           panel("Test loss", "loss", "mean", "test", "val"),
-           panel("Training accuracy (augmented, dropout on)", "accuracy", "percent", "train"),
-           panel("Test accuracy", "accuracy", "percent", "test", "val")], path)
+def tile(image: Tensor) -> Image.Image:
+    """A picture of a tensor C×H×W, 0 to 255, of one channel or three."""
+    return Image.fromarray(image.cpu().byte().expand(3, -1, -1).permute(1, 2, 0).numpy())  # H×W×3
 
 
 def heat(values: Tensor, limit=None) -> Image.Image:
@@ -193,83 +368,73 @@ def heat(values: Tensor, limit=None) -> Image.Image:
     from -limit to limit."""
     values = values.detach().cpu().float().nan_to_num(0.0, 0.0, 0.0)
     low, high = (values.min(), values.max()) if limit is None else (-limit, limit)
-    colours = torch.tensor([list(bytes.fromhex(colour[1:])) for colour in RAMP]).float()
-    place = (values - low) / max(high - low, 1e-12) * (len(RAMP) - 1)
-    below = place.long().clamp(max=len(RAMP) - 2)
-    mixed = torch.lerp(colours[below], colours[below + 1], (place - below)[..., None])      # H×W×3
-    return Image.fromarray(mixed.round().byte().numpy())
+    grey = Image.fromarray(((values - low) / max(high - low, 1e-12) * 255).byte().numpy())
+    return ImageOps.colorize(grey, "#08051d", "#ffee2a", mid="#bc3754")
 
 
-def text_size(text: str, height: int) -> tuple[int, int]:
-    box = ImageDraw.Draw(Image.new("RGB", (1, 1))).multiline_textbbox((0, 0), text, font(height))
-    return math.ceil(box[2]), math.ceil(box[3])
-
-
-def gallery(tiles: list[Image.Image], captions: list[str], path, columns=8, zoom=4,
-            title="") -> None:
-    """Enlarged tiles in rows, each with its caption (of one or more lines) below, as one PNG."""
-    tiles = [tile.convert("RGB").resize((tile.width * zoom, tile.height * zoom), Image.NEAREST)
-             for tile in tiles]
-    boxes = [text_size(caption, 15) for caption in captions]
-    widths = [max(tile.width, box[0]) for tile, box in zip(tiles, boxes)]
-    widths = [max(widths[c::columns]) for c in range(min(columns, len(tiles)))]     # of the columns
-    tallest = max([tile.height for tile in tiles], default=0) + 6
-    gap, title_box = 16, text_size(title, 18)
-    pitch = tallest + max([box[1] for box in boxes], default=0) + gap
-    top = title_box[1] + 2 * gap if title else gap
-    sheet = Image.new("RGB", (max(sum(widths) + gap * len(widths), title_box[0] + gap) + gap,
-                              top + pitch * math.ceil(len(tiles) / columns)), "white")
+def gallery(tiles: list, captions: list[str], path, columns=8, zoom=4, title="") -> None:
+    """Tiles in rows, all enlarged to `zoom` times the largest one's size; below each its caption,
+    of one line or more, hardly wider than the tile."""
+    wide, tall = (16 + zoom * max([0, *(x.size[i] for x in tiles)]) for i in (0, 1))
+    high = tall + 19 * max([0, *(len(caption.splitlines()) for caption in captions)])
+    top = 16 + (16 + 22 * len(title.splitlines()) if title else 0)
+    sheet = Image.new("RGB", (16 + columns * wide, top + high * -(-len(tiles) // columns)), "white")
     draw = ImageDraw.Draw(sheet)
-    draw.multiline_text((gap, gap - 4), title, INK, font(18))
-    for i, (tile, caption) in enumerate(zip(tiles, captions)):
-        row, column = divmod(i, columns)
-        x, y = gap + sum(widths[:column]) + gap * column, top + pitch * row
-        sheet.paste(tile, (x, y))
-        draw.multiline_text((x, y + tallest), caption, INK, font(15))
-    save_png(sheet, path)
+    draw.text((16, 12), title, INK, font(18))
+    for i, (picture, caption) in enumerate(zip(tiles, captions)):
+        x, y = 16 + i % columns * wide, top + i // columns * high
+        sheet.paste(picture.resize((wide - 16, tall - 16), Image.NEAREST), (x, y))
+        draw.text((x, y + tall - 10), caption, INK, font(15))
+    content = io.BytesIO()
+    sheet.save(content, "PNG")
+    save(path, content.getvalue())
 
 
 # ---- A run folder -----------------------------------------------------------------------------
 
 
-def find_run(run=None, out="runs") -> Path:
-    """The given run folder, or the one under `out` with the newest weights. Raises UserError."""
-    if run is not None:
-        if not (Path(run) / "weights.pt").is_file():
-            raise UserError(f"{run} holds no weights.pt: train one first with python train.py")
-        return Path(run)
-    trained = sorted(Path(out).glob("*/weights.pt"), key=lambda path: path.stat().st_mtime)
-    if not trained:
-        raise UserError(f"{out}/ holds no trained run: train one first with python train.py")
-    return trained[-1].parent
+def read_pt(path) -> dict:
+    """What train.py saved in a .pt file, "config" and more; the only place that loads one. Raises
+    UserError for whatever is wrong with it: missing, damaged, foreign, not finite.
+
+    weights_only: a pickle can name any function for its reader to call, so to load a stranger's
+    file would run a stranger's code; this way it may hold tensors, numbers and text only.
+    """
+    try:
+        content = Path(path).read_bytes()
+        # A .pt file is a ZIP, which keeps a checksum of each of its parts. torch does not look at
+        # them: with one bit flipped it loads other weights, and nobody notices.
+        archive = zipfile.ZipFile(io.BytesIO(content))
+        if archive.testzip() or any("constants.pkl" in name for name in archive.namelist()):
+            raise zipfile.BadZipFile                     # constants: TorchScript, a whole program
+        state = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+        nets = [state[name] for name in ("weights", "net", "average") if name in state]
+        if not (state["config"] and all(x.isfinite().all() for net in nets for x in net.values())):
+            raise FloatingPointError                     # the training had diverged
+    except Exception as error:   # whatever a missing, damaged or foreign file can do to these
+        raise UserError(f"{path} is missing, damaged, not finite or not made by this train.py "
+                        f"({type(error).__name__}): python train.py trains a new run")
+    return state
+
+
+def find_run(run=None) -> Path:
+    """The given run folder, or the one under runs/ with the newest weights."""
+    newest = max(Path("runs").glob("*/weights.pt"), key=lambda path: path.stat().st_mtime,
+                 default=Path("runs/001/weights.pt"))    # read_pt will say that it is missing
+    return Path(run or newest.parent)
 
 
 def load_run(folder) -> tuple[nn.Module, dict]:
     """(network in eval mode on the CPU, configuration) of a run of train.py. Raises UserError."""
-    path = Path(folder) / "config.json"
+    state = read_pt(Path(folder) / "weights.pt")
     try:
-        config = json.loads(path.read_text())
-        missing = {"model", "options", "data", "data_dir", "mean", "std", "seed"} - set(config)
-        if missing:
-            raise ValueError(f"it says nothing of {', '.join(sorted(missing))}")
-        net = build(config["model"], **config["options"])
-        path = Path(folder) / "weights.pt"
-        net.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
-    except FileNotFoundError:
-        raise UserError(f"{path} is missing: train a run first with python train.py")
-    except Exception as error:       # whatever a damaged file can do to json, zip, pickle and torch
-        raise UserError(f"{path} is damaged, or belongs to another network ({one_line(error)})")
-    return net.eval(), config
-
-
-def read_log(path) -> list[dict]:
-    """The rows of a run's log.csv, one an epoch, as numbers. Raises UserError."""
-    try:
-        with open(path, newline="") as file:
-            return [{name: float(value) for name, value in row.items()}
-                    for row in csv.DictReader(file)]
-    except (OSError, ValueError, TypeError) as error:
-        raise UserError(f"{path} cannot be read as a log: {error}")
+        config = state["config"]
+        net = build(config["model"], **config["options"]).eval()
+        net.load_state_dict(state["weights"])
+        net(normalize(torch.zeros(1, *INPUT_SHAPES[config["model"]]), *mean_std_of(config)))
+    except Exception as error:
+        raise UserError(f"{folder}/weights.pt fits no network of model.py ({type(error).__name__})")
+    return net, config
 
 
 def mean_std_of(config: dict) -> tuple[Tensor, Tensor]:
@@ -277,360 +442,30 @@ def mean_std_of(config: dict) -> tuple[Tensor, Tensor]:
     return tuple(torch.tensor(config[name]).view(1, -1, 1, 1) for name in ("mean", "std"))
 
 
-# ---- What the numbers say ---------------------------------------------------------------------
-
-
-def confusion_matrix(predictions: Tensor, labels: Tensor, classes=10) -> Tensor:
-    """classes×classes counts: the row is the label, the column what the network said."""
-    counts = torch.bincount(labels * classes + predictions, minlength=classes ** 2)
-    return counts.view(classes, classes)
-
-
-def precision_recall(confusion: Tensor) -> tuple[Tensor, Tensor]:
-    """Precision: of all called 4, the share that are 4s. Recall: of the 4s, the share called 4."""
-    right = confusion.diag()
-    return right / confusion.sum(0).clamp(min=1), right / confusion.sum(1).clamp(min=1)
-
-
-def confused_pairs(confusion: Tensor) -> list[tuple[int, int, int, int]]:
-    """(a, b, times a was called b, times b was called a), the most confused pair first."""
-    counts, classes = confusion.tolist(), range(len(confusion))
-    pairs = [(a, b, counts[a][b], counts[b][a]) for a in classes for b in classes if a < b]
-    return sorted((p for p in pairs if p[2] + p[3]), key=lambda p: -p[2] - p[3])
-
-
-def wilson(correct: int, total: int, z=1.96) -> tuple[float, float]:
-    """The 95% interval of an accuracy (Wilson, 1927): the true accuracies that would make the
-    observed one plausible.
-
-    The textbook's p ± 1.96·sqrt(p(1−p)/n) is too narrow near 100%, and reaches beyond it.
-    """
-    p, shrink = correct / total, 1 + z * z / total
-    centre = (p + z * z / (2 * total)) / shrink
-    half = z / shrink * math.sqrt(p * (1 - p) / total + z * z / (4 * total * total))
-    return centre - half, centre + half
-
-
-def calibration(logits: Tensor, labels: Tensor, bins=15) -> dict:
-    """Is the network right in 90% of the cases in which it is 90% sure? (Guo et al., 2017)
-
-    "ece", the expected calibration error: images go into bins by confidence; the distance between
-    a bin's mean confidence and its accuracy, averaged over all images. "confidence": its mean.
-    "least" and "most": accuracy among the tenth with the lowest and with the highest confidence.
-    """
-    confidence, predictions = logits.softmax(1).max(1)
-    right = (predictions == labels).float()
-    bin_of = (confidence * bins).long().clamp(max=bins - 1)
-    gaps = torch.zeros(bins).index_add(0, bin_of, confidence - right)
-    right, tenth = right[confidence.argsort()], max(1, len(labels) // 10)
-    return {"ece": gaps.abs().sum().item() / len(labels), "confidence": confidence.mean().item(),
-            "least": right[:tenth].mean().item(), "most": right[-tenth:].mean().item()}
-
-
-def second_guesses(logits: Tensor, labels: Tensor) -> int:
-    """How many errors would disappear if the second guess counted too."""
-    return (logits.topk(2, dim=1).indices[:, 1] == labels).sum().item()
-
-
-def failures(logits: Tensor, labels: Tensor) -> Tensor:
-    """Indices of the misclassified images, worst first: the most confident in a wrong answer."""
-    confidence, predictions = logits.softmax(1).max(1)
-    wrong = (predictions != labels).nonzero()[:, 0]
-    return wrong[confidence[wrong].argsort(descending=True)]
-
-
-def print_report(result: dict, labels: Tensor, data_name: str) -> None:
-    """All of the above, from what `evaluate` returned, on one screen."""
-    logits, total = result["logits"], len(labels)
-    confusion = confusion_matrix(logits.argmax(1), labels)
-    errors = len(failures(logits, labels))
-    low, high = wilson(total - errors, total)
-    print(f"{data_name} test set: accuracy {result['accuracy']:.2%} (95% interval {low:.2%} to "
-          f"{high:.2%}), {errors} errors in {total}, loss {result['loss']:.4f}\n")
-    print("label    called" + "".join(f"{digit:6}" for digit in range(10)) + "    recall  failed")
-    precision, recall = precision_recall(confusion)
-    for digit, row in enumerate(confusion.tolist()):
-        print(f"{digit:5}          " + "".join(f"{count or '.':>6}" for count in row)
-              + f"   {recall[digit]:7.2%}  {1 - recall[digit]:6.2%}")
-    print("precision, %   " + "".join(f"{100 * share:6.1f}" for share in precision.tolist()))
-    print("\nMost confused:")
-    for a, b, a_as_b, b_as_a in confused_pairs(confusion)[:5]:
-        print(f"  {a} and {b}: {a_as_b + b_as_a:3} times ({a} called {b}: {a_as_b}, "
-              f"{b} called {a}: {b_as_a})")
-    saved, sure = second_guesses(logits, labels), calibration(logits, labels)
-    print(f"\nSecond guess: if it counted too, {saved} of the {errors} errors would disappear "
-          f"({saved / max(errors, 1):.0%}).")
-    print(f"Calibration: {sure['confidence']:.2%} sure on average, {result['accuracy']:.2%} right; "
-          f"expected calibration error {sure['ece']:.4f}.\n"
-          f"  Right in the tenth it is least sure of: {sure['least']:.2%}; "
-          f"in the tenth it is most sure of: {sure['most']:.2%}.")
-
-
-# ---- Pictures of one run ----------------------------------------------------------------------
-
-
-def draw_failures(images: Tensor, labels: Tensor, logits: Tensor, path, most=48) -> None:
-    """A gallery of the misclassified images, worst first."""
-    confidence, predictions = logits.softmax(1).max(1)
-    wrong = failures(logits, labels)
-    shown = f", the {most} worst of them" if len(wrong) > most else ", the worst first"
-    gallery([to_pil_image(images[i]) for i in wrong[:most]],
-            [f"#{i}  {confidence[i]:.0%}\ntrue {labels[i]}, said {predictions[i]}"
-             for i in wrong[:most].tolist()], path,
-            title=f"{len(wrong)} of {len(labels)} test images are misclassified{shown}\n"
-                  "#index, and how sure the network was of the wrong answer")
-
-
-def draw_confusion(confusion: Tensor, path) -> None:
-    """The confusion matrix; the colour is log(1 + count), on which one error still shows beside
-    thirty. The diagonal, a hundred times as large, is left out of the scale."""
-    cell, left, top, classes = 60, 90, 110, range(len(confusion))
-    mistakes = confusion - confusion.diag().diag()
-    colours = heat(-mistakes.float().log1p())
-    side = cell * len(confusion)
-    sheet = Image.new("RGB", (left + side + 30, top + side + 30), "white")
-    draw = ImageDraw.Draw(sheet)
-    draw.text((left, 18), "Confusion: a row is a label, a column what the network said", INK,
-              font(20))
-    draw.text((left, 48), f"{mistakes.sum()} errors in {confusion.sum()}", GREY, font(16))
-    for row in classes:
-        y = top + cell * row
-        draw.text((left - 20, y + cell / 2), str(row), INK, font(20), anchor="mm")
-        draw.text((left + cell * (row + 0.5), top - 18), str(row), INK, font(20), anchor="mm")
-        for column in classes:
-            x, count = left + cell * column, confusion[row, column].item()
-            fill = colours.getpixel((column, row)) if mistakes[row, column] else (240, 240, 240)
-            draw.rectangle((x, y, x + cell - 2, y + cell - 2), fill)
-            if count:
-                draw.text((x + cell / 2, y + cell / 2), str(count), anchor="mm", font=font(18),
-                          fill="white" if sum(fill) < 380 else INK)
-    save_png(sheet, path)
-
-
-def draw_augmented(images: Tensor, labels: Tensor, preset: str, path) -> None:
-    """One digit a row under each preset, then a plain batch beside its augmented self."""
-    def strip(batch, columns):
-        return to_pil_image(make_grid((255 * batch).byte(), nrow=columns, pad_value=90))
-
-    digits = torch.stack([images[labels == digit][0] for digit in range(10)])
-    tiles = [strip(augment(digits, name), 1) for name in PRESETS]
-    tiles += [strip(augment(images[:60], name), 6) for name in ("none", preset)]
-    gallery(tiles, [*PRESETS, "a plain batch", f"the same, augmented: {preset}"], path,
-            columns=len(tiles), zoom=2, title="What each preset makes of ten digits, and a batch "
-                                              "before and after")
-
-
-@torch.no_grad()
-def evidence_maps(net: nn.Module, x: Tensor) -> Tensor | None:
-    """N×10×H×W: for each class a map of evidence, the average of which is the class's logit.
-
-    Head "conv" makes this possible: it averages after its 1×1 convolution, so a map of each class
-    exists and is caught here on its way into the global average. None for other networks.
-    """
-    caught = []
-    hooks = [layer.register_forward_pre_hook(lambda _, inputs: caught.append(inputs[0]))
-             for layer in net.modules() if isinstance(layer, nn.AdaptiveAvgPool2d)]
-    net(x)
-    for hook in hooks:
-        hook.remove()
-    return caught[-1] if caught and caught[-1].shape[1] == 10 else None
-
-
-def draw_evidence(images: Tensor, maps: Tensor, captions: list[str], path) -> None:
-    """A row an image: the image, then its ten evidence maps on one scale, each with its average."""
-    tiles, texts = [], []
-    for image, evidence, caption in zip(images, maps, captions):
-        strip = heat(torch.cat(list(evidence), 1), limit=evidence.abs().max())      # H×10W
-        strip = strip.resize((280, 28), Image.NEAREST)
-        tiles += [to_pil_image(image)] + [strip.crop((x, 0, x + 28, 28)) for x in range(0, 280, 28)]
-        texts += [caption] + [f"{digit}:  {evidence[digit].mean():+.1f}" for digit in range(10)]
-    gallery(tiles, texts, path, columns=11, zoom=3,
-            title="Where the network sees evidence for each digit (bright) and against it (dark)\n"
-                  "The number is the average of the map: the digit's logit")
-
-
-# ---- Is it the network or the label? ----------------------------------------------------------
-
-
-def suspects(logits: Tensor, labels: Tensor) -> dict:
-    """The images whose label several runs contradict: R×N×10 logits of R independently seeded runs.
-
-    "self_confidence" is the probability of the given label, averaged over the runs; "margin" is
-    that less the average probability of the best other label ("proposed"): −1 when all are certain
-    that the label is wrong. Ranked by margin, lowest first, among the images ("index") on which
-    all runs agree with each other against the label. After Northcutt, Athalye, Mueller (2021).
-    """
-    probabilities, answers = logits.softmax(-1).mean(0), logits.argmax(-1)             # N×10, R×N
-    index = ((answers == answers[0]) & (answers != labels)).all(0).nonzero()[:, 0]
-    given, proposed = probabilities[index, labels[index]], answers[0, index]
-    margin = given - probabilities[index, proposed]
-    order = margin.argsort()
-    return {"index": index[order], "proposed": proposed[order], "self_confidence": given[order],
-            "margin": margin[order]}
-
-
-SUSPECTS_EXPLAINED = """
-Self-confidence is the average probability that the runs give to the label; the margin is that less
-the probability of what they say instead: -1 when all are certain that the label is wrong.
-This ranks suspicions, it proves nothing: runs of one recipe share their blind spots, and an odd
-digit with a right label looks the same from here. Look at the picture and judge for yourself. (For
-MNIST's 10,000 test labels people who did so found 15 errors: Northcutt, Athalye, Mueller 2021.)"""
-
-
-def report_suspects(folders: list[str], data_dir, out: Path, most=20) -> None:
-    """Print the ranked list over the test images, and draw it as suspects.png."""
-    if len({Path(folder).resolve() for folder in folders}) < 2:
-        raise UserError("--suspects compares two or more runs: --runs FOLDER FOLDER ... (python "
-                        "train.py --runs 5 trains five)")
-    runs = [load_run(folder) for folder in folders]
-    names = {config["data"] for _, config in runs}
-    if len(names) > 1:
-        raise UserError(f"--runs: trained on different data: {', '.join(sorted(names))}")
-    data = load(names.pop(), data_dir or runs[0][1]["data_dir"])
-    logits = []
-    for folder, (net, config) in zip(folders, runs):
-        result = evaluate(net, *data.test, *mean_std_of(config))
-        logits.append(result["logits"])
-        print(f"{folder}: {config['model']}, seed {config['seed']}, {data.name} test accuracy "
-              f"{result['accuracy']:.2%}")
-    images, labels = data.test
-    found = suspects(torch.stack(logits), labels)
-    rows = list(zip(*(column.tolist() for column in found.values())))
-    print(f"\nAll {len(folders)} runs agree against {len(rows)} of {len(labels)} labels"
-          f"{f'; the first {most}' if len(rows) > most else ''}:\n\n"
-          "rank   index   label   the runs say   self-confidence    margin")
-    for rank, (i, proposed, confidence, margin) in enumerate(rows[:most], 1):
-        print(f"{rank:4}  {i:6}  {labels[i]:6}  {proposed:13}  {confidence:16.4f}  {margin:+8.4f}")
-    print(SUSPECTS_EXPLAINED)
-    gallery([to_pil_image(images[row[0]]) for row in rows[:most]],
-            [f"#{i}  {margin:+.2f}\nlabel {labels[i]}, runs {said}"
-             for i, said, _, margin in rows[:most]], out / "suspects.png", columns=5,
-            title="Labels that all runs contradict\n#index, margin (-1: certainly not the label)")
-    print(f"\nDrawn: {out / 'suspects.png'}")
-
-
-# ---- Your own digit ---------------------------------------------------------------------------
-
-
-def open_picture(path) -> Image.Image:
-    """A picture as it is meant to be seen: upright, on white where it is transparent; in grey, at
-    most 1000 pixels wide and high. Raises UserError."""
-    try:
-        with warnings.catch_warnings():      # a small file can unpack to gigabytes: do not try
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            picture = ImageOps.exif_transpose(Image.open(path)).convert("RGBA")
-    except Exception as error:               # each format is damaged in its own way
-        raise UserError(f"--image {path} cannot be read as a picture: {error}")
-    picture.thumbnail((1000, 1000))
-    return Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture).convert("L")
-
-
-def prepare(picture: Image.Image) -> Tensor:
-    """A grey picture of one digit as MNIST would hold it: uint8 1×1×28×28, light on black.
-
-    MNIST's makers scaled each digit to fit 20×20 pixels and put its centre of mass in the middle
-    of 28×28 (LeCun et al., 1998); a network that has seen nothing else is lost on anything else.
-    Raises UserError for a blank picture.
-    """
-    picture = picture.filter(ImageFilter.GaussianBlur(max(picture.size) / 300))     # against specks
-    grey = pil_to_tensor(picture)[0].float() / 255
-    paper = torch.cat([grey[0], grey[-1], grey[:, 0], grey[:, -1]]).median()
-    dark_ink = paper - grey.min() > grey.max() - paper
-    ink = (paper - grey if dark_ink else grey - paper).clamp(min=0)
-    if ink.max() < 0.15:
-        raise UserError("--image: the picture is blank, nothing in it stands out from its border")
-    ink = ((ink / ink.max() - 0.3) / 0.5).clamp(0, 1)             # paper has shadows, ink is uneven
-    rows, columns = ink.amax(1).nonzero()[:, 0], ink.amax(0).nonzero()[:, 0]
-    ink = ink[rows[0]:rows[-1] + 1, columns[0]:columns[-1] + 1]
-    height, width = (max(1, round(20 * side / max(ink.shape))) for side in ink.shape)
-    ink = F.interpolate(ink[None, None], (height, width), mode="bilinear", antialias=True)[0, 0]
-    ink = (1.5 * ink / ink.max()).clamp(max=1)     # a pen thinner than MNIST's has become pale
-    y = (ink.sum(1) @ torch.arange(height).float() / ink.sum()).item()            # centre of mass
-    x = (ink.sum(0) @ torch.arange(width).float() / ink.sum()).item()
-    top, left = min(max(round(14 - y), 0), 28 - height), min(max(round(14 - x), 0), 28 - width)
-    ink = F.pad(ink, (left, 28 - width - left, top, 28 - height - top))
-    return (255 * ink).round().byte()[None, None]
-
-
-def report_image(path: str, folder: Path, out: Path) -> None:
-    """Print the prepared picture and the ten probabilities, and draw the evidence maps."""
-    net, config = load_run(folder)
-    if INPUT_SHAPES[config["model"]] != (1, 28, 28):
-        raise UserError(f"--image: the network {config['model']!r} of {folder} reads no 28x28 grey")
-    image = prepare(open_picture(path))
-    x = normalize(image, *mean_std_of(config))
-    probabilities = net(x)[0].softmax(0).tolist()
-    print(f"{path} as {folder} sees it, which was trained on {config['data']}:")
-    for row in image[0, 0].tolist():
-        print("".join(2 * " ░▒▓█"[math.ceil(value / 64)] for value in row).rstrip())
-    for digit, probability in enumerate(probabilities):
-        print(f"{digit}  {probability:7.2%}  {'█' * round(50 * probability)}".rstrip())
-    maps = evidence_maps(net, x)
-    if maps is None:
-        print(f"No evidence maps: {config['model']} does not average ten of them into its logits.")
-    else:
-        said = probabilities.index(max(probabilities))
-        draw_evidence(image, maps, [f"said {said}"], out / "image.png")
-        print(f"Drawn: {out / 'image.png'}")
-
-
 # ---- The command line -------------------------------------------------------------------------
-
-
-def report_run(folder: Path, data_dir, out: Path) -> None:
-    """The report and all pictures of one run."""
-    net, config = load_run(folder)
-    data = load(config["data"], data_dir or config["data_dir"])
-    images, labels = data.test
-    result = evaluate(net, images, labels, *mean_std_of(config))
-    logits, predictions = result["logits"], result["logits"].argmax(1)
-    print(f"{folder}: network {config['model']!r}, {count_parameters(net):,} parameters")
-    print_report(result, labels, data.name)
-
-    torch.manual_seed(0)                     # the same augmented picture each time
-    draw_failures(images, labels, logits, out / "failures.png")
-    draw_confusion(confusion_matrix(predictions, labels), out / "confusion.png")
-    draw_augmented(*data.train, config.get("augment", "default"), out / "augmented.png")
-    drawn = ["failures.png", "confusion.png", "augmented.png"]
-    if (folder / "log.csv").is_file():
-        curves(read_log(folder / "log.csv"), out / "curves.png")
-        drawn.append("curves.png")
-    right = (predictions == labels).nonzero()[:4, 0]
-    shown = torch.cat([right, failures(logits, labels)[:4]])
-    maps = evidence_maps(net, normalize(images[shown], *mean_std_of(config)))
-    if maps is not None:
-        captions = [f"true {labels[i]}\nsaid {predictions[i]}" for i in shown]
-        draw_evidence(images[shown], maps, captions, out / "features.png")
-        drawn.append("features.png")
-    else:
-        print(f"\nNo features.png: {config['model']} does not average ten maps into its logits.")
-    print(f"\nDrawn in {out}: {', '.join(drawn)}")
 
 
 def main() -> None:
     parser = Parser(prog="analyze.py", description="What a trained network gets wrong, and why.")
     add = parser.add_argument
-    add("--run", metavar="FOLDER", help="a run folder of train.py (default: the newest under runs)")
-    add("--data-dir", help="where the data set is (default: where the run found it)")
-    add("--out", type=Path, metavar="FOLDER", help="for the pictures (default: RUN/analysis)")
-    add("--image", metavar="FILE", help="read a picture of one digit")
-    add("--suspects", action="store_true", help="list the test labels that all --runs contradict")
-    add("--runs", nargs="+", default=[], metavar="FOLDER", help="two or more run folders")
+    add("--run", "--runs", type=user_path, nargs="+", metavar="FOLDER", help="none: the newest run")
+    add("--data-dir", type=user_path, help="where the data set is; none: where the run found it")
+    add("--out", type=user_path, metavar="FOLDER", help="for the pictures; none: RUN/analysis")
+    add("--image", type=user_path, metavar="FILE", help="read a picture of one digit")
+    add("--suspects", action="store_true", help="rank the test labels by how wrong they look")
     args = parser.parse_args()
-    if args.suspects != bool(args.runs) or (args.runs and (args.run or args.image)):
-        raise UserError("--suspects goes with --runs FOLDER FOLDER ..., not with --run or --image")
-    folder = find_run(args.runs[0] if args.runs else args.run)
-    out = args.out or folder / "analysis"
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"cannot create the folder {out}: {error.strerror}")
-    if args.suspects:
-        report_suspects(args.runs, args.data_dir, out)
-    elif args.image is not None:
-        report_image(args.image, folder, out)
+    folders = args.run or [find_run()]
+    runs = [load_run(folder) for folder in folders]
+    (net, config), out = runs[0], args.out or folders[0] / "analysis"
+    if args.image:
+        report_image(args.image, net, config, out)
     else:
-        report_run(folder, args.data_dir, out)
+        data = load(config["data"], args.data_dir or config["data_dir"])
+        if args.suspects or len(runs) > 1:
+            report_suspects(runs, data, out)
+        else:
+            report_run(folders[0], net, config, data, out)
+    print(f"\ndrawn in {out}")
 
 
 if __name__ == "__main__":

