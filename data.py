@@ -72,12 +72,14 @@ def augment(images: Tensor, preset="default") -> Tensor:
     normalization black is -0.42.
     """
     ranges, n, device = PRESETS[preset], len(images), images.device
-    x = images.float() / 255
+    x = images.float() / 255                                     # bytes would round each step
     if ranges:
         # N1 rotates twice, ±10° and then ±5°: as one matrix the angles add up. (Its shear comes
         # between the two, and would turn with the second by up to 5°; here it does not.)
         degrees = sum(uniform(n, -limit, limit, device) for limit in ranges.get("rotate", (0,)))
         shift = ranges.get("shift", 0) * (2 * torch.rand(n, 2, device=device) - 1)     # x and y
+        # Each image draws its own numbers, n at a time: one draw for the batch would move all its
+        # digits alike, and batch norm would see a batch of left-leaning, then of small ones.
         scale = 1 + ranges.get("scale", 0) * uniform(n, -1, 1, device)
         shear = ranges.get("shear", 0) * uniform(n, -1, 1, device)
         if "crop" in ranges:     # cutting out the central 22×22 and resizing to 28×28 is a zoom
@@ -207,7 +209,7 @@ def load(name="mnist", data_dir="data", device="cpu", val=0, limit=None) -> Data
     if name == "synthetic":
         parts = *draw_digits(10_000, seed=1), *draw_digits(2_000, seed=2)
     else:
-        folder = make_folder(data_dir)
+        folder = make_folder(data_dir)               # or one line that says why it cannot be
         parts = load_mnist(folder) if name == "mnist" else load_torchvision(name, folder)
     images, labels, test_images, test_labels = (part.to(device) for part in parts)
     labels, kept = labels.long(), len(images) - val  # int64: what cross-entropy indexes with
@@ -247,7 +249,7 @@ def load_mnist(data_dir: Path) -> list[Tensor]:
             # cut off never looks like a finished one.
             with tempfile.TemporaryDirectory() as folder:
                 fetch("MNIST", folder)
-                contents = read_checked(Path(folder, "MNIST/raw"))
+                contents = read_checked(Path(folder, "MNIST/raw"))   # None, if it is not MNIST
             tried.append(f"{title}: what arrived is not MNIST")
         except Exception as error:       # whatever a network or an archive can do: say it, go on
             tried.append(f"{title}: {reason(error)}")
@@ -314,7 +316,7 @@ def load_torchvision(name: str, data_dir: Path) -> list[Tensor]:
         for train in (True, False):      # twice True is a known slip: a "test" on training images
             part = from_torchvision(TORCHVISION[name], data_dir, train=train)
             images = torch.as_tensor(part.data)              # fashion N×28×28, cifar10 N×32×32×3
-            images = images.view(*images.shape[:3], -1).permute(0, 3, 1, 2).contiguous()
+            images = images.view(*images.shape[:3], -1).permute(0, 3, 1, 2).contiguous()    # NCHW
             tensors += [images, torch.as_tensor(part.targets)]
     except Exception as error:
         raise UserError(f"--data {name} could not be fetched ({reason(error)}): put "
@@ -333,7 +335,7 @@ def draw_digits(count: int, seed: int) -> tuple[Tensor, Tensor]:
         torch.manual_seed(seed)
         labels = torch.randint(0, 10, (count,))
         images = augment(torch.stack(glyphs).view(10, 1, 28, 28)[labels], "synthetic")
-        images = images + 0.08 * torch.randn_like(images)
+        images = images + 0.08 * torch.randn_like(images)        # a camera's grain
     return (images.clamp(0, 1) * 255).byte(), labels
 
 

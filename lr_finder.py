@@ -9,6 +9,11 @@ coarse grid or a search with early stopping can look closer, on held-out images.
     python lr_finder.py --grid                   four classic configurations, one epoch each
     python lr_finder.py --search 8               8 random (lr, weight decay), the worse half stops
 
+A rate that is too small wastes the training, one that is too large breaks it, and between the two
+lie decades. The lecture's way through them: the sanity checks (train.py --sanity), this sweep, a
+coarse grid of one epoch each, then the two or three best for 10 to 20 epochs with a schedule. In a
+grid, a loss that is flat for 100 steps means too small, NaN too large.
+
 It prints each pick with its reason, and draws the curve as lr_range.png into the folder --out.
 --grid and --search write a table there as well: grid.csv, grid-2.csv, ...; never over an old one.
 """
@@ -50,7 +55,7 @@ def range_test(net: nn.Module, optimizer_of: Callable, loss_of: Callable, start=
     # never acts, and the sweep is about another optimizer than the one that will train (a new Adam
     # takes steps of lr·sign(gradient)).
     optimizer = optimizer_of(net)
-    with torch.random.fork_rng():
+    with torch.random.fork_rng():                    # of the CPU, and of CUDA where it is in use
         for step in range(steps):
             # Multiplied, not added: the question is "how many zeros?", and 200 steps of 10% pass
             # through eight of them, 24 steps for each.
@@ -78,6 +83,7 @@ def range_test(net: nn.Module, optimizer_of: Callable, loss_of: Callable, start=
 def smooth(losses: list[float], beta=0.8) -> list[float]:
     """The curve without its noise; as long as `losses`. What is not finite counts as the worst."""
     worst = max((loss for loss in losses if math.isfinite(loss)), default=0.0)
+    # NaN is neither larger nor smaller than anything: a single one would spoil what follows.
     finite = [loss if math.isfinite(loss) else worst for loss in losses]
     # First the median of five neighbours: a spike of one or two batches vanishes, in place of being
     # smeared over its surroundings, as any average would do.
@@ -98,10 +104,12 @@ def pick_rates(rates: list[float], losses: list[float], beta=0.8) -> dict[str, f
     """Named rates read off a sweep: {name: lr}, the most important first. Empty when the loss
     never falls by a twentieth: then the sweep was too short, or its rates too small."""
     curve = smooth(losses, beta)
-    if len(curve) < 3:
+    if len(curve) < 3:                               # no slope without a neighbour on either side
         return {}
+    # The descent to read: from the highest point before the lowest down to that. What comes after
+    # the lowest is the explosion, and higher than anything.
     lowest = min(range(len(curve)), key=curve.__getitem__)
-    first = max(range(lowest + 1), key=curve.__getitem__)        # where the longest descent starts
+    first = max(range(lowest + 1), key=curve.__getitem__)
     fall = curve[first] - curve[lowest]
     if not fall > 0.05 * abs(curve[first]):
         return {}
@@ -145,8 +153,9 @@ REASONS = {
 
 
 def sweep(config: dict, data: Data, **options) -> tuple[list[float], list[float]]:
-    """range_test for a configuration of train.py, on its own training batches; always in float32
-    and without clipping, which would hide the explosion."""
+    """range_test for a configuration of train.py, on its own training batches: the same network,
+    augmentation, loss and optimizer, or the rate found would be that of another training. Always in
+    float32 and without clipping, which would hide the explosion."""
     endless = itertools.chain.from_iterable(         # one epoch after another, each shuffled anew
         batches(*data.train, config["batch_size"]) for _ in itertools.count())
 
@@ -167,7 +176,7 @@ def trial(cell: dict, config: dict, data: Data) -> dict:
     a constant rate leaves the accuracy of a short training noisy, the descent to zero takes the
     noise out. The test images are left out: choosing on them would use them up.
     """
-    data, means = data._replace(test=(data.test[0][:0], data.test[1][:0])), {}
+    data, means = data._replace(test=(data.test[0][:0], data.test[1][:0])), {}   # none: N = 0
 
     def watch(row, *_):                              # the mean loss so far, every 50 steps
         if row["epoch"] == 1:
@@ -181,6 +190,7 @@ def trial(cell: dict, config: dict, data: Data) -> dict:
     except UserError as error:
         if "the loss is" not in str(error):          # a network that cannot take the images, say
             raise
+        # A rate that breaks the training is an answer, not an accident: the others go on.
         accuracy, note = math.nan, "not finite: too large"
     print(f"  {accuracy:6.2f}% of {data.name}  {cell['opt']:<8} lr {cell['lr']:<9.3g} weight decay "
           f"{cell['weight_decay']:<9.3g} {note}".rstrip(), flush=True)
@@ -191,7 +201,7 @@ def compete(cells: list[dict], halve: bool, config: dict, data: Data, path: Path
     """Train all cells and rank them on held-out images. With `halve`, the better half goes on to
     twice the epochs, and so on to the last one (Jamieson and Talwalkar, 2016): most random pairs
     are bad and show it early."""
-    table = []
+    table = []                                       # all rows of all rungs, for the file
     while True:
         # A rung starts again from fresh weights: a schedule that ends with its rung makes short
         # trainings comparable, for at most twice the work.
@@ -205,6 +215,7 @@ def compete(cells: list[dict], halve: bool, config: dict, data: Data, path: Path
               f"{rows[0]['lr']:g}, weight decay {rows[0]['weight_decay']:g}; table: {path}")
         if not halve or len(cells) == 1:
             return
+        # With half as many for twice as long, each rung costs about as much as the first.
         cells = [{name: row[name] for name in ("opt", "lr", "weight_decay")}
                  for row in rows[:math.ceil(len(rows) / 2)]]
         config = config | {"epochs": 2 * config["epochs"]}
@@ -268,6 +279,7 @@ def main() -> None:
     add("--epochs", type=number(int, 1, 9999), default=1, help="of a trial in --grid, --search")
     add("--out", type=user_path, default="lr_finder", help="folder for lr_range.png and tables")
     args = parser.parse_args()
+    # Trials run under onecycle, and a sweep sets its own rates: neither needs train.py's --lr.
     config = make_config(args) | {"lr": args.start, "sched": "onecycle", "step_every": None}
     kind = "grid" if args.grid is not None else "search" if args.search else None
     cells = (parse_grid(args.grid) if kind == "grid" else
@@ -276,9 +288,11 @@ def main() -> None:
         config["val"] = 1000 if args.data == "synthetic" else 10_000
     data, out = load_for(config), make_folder(args.out)
     if kind:
+        # The first name that is not taken: an earlier table is never written over, nor read.
         names = [f"{kind}.csv", *(f"{kind}-{number}.csv" for number in range(2, 10_000))]
         path = next(out / name for name in names if not (out / name).exists())
         return compete(cells, kind == "search", config, data, path)
+    args.batch_size = config["batch_size"]           # say it, even if it was not asked for
     words, picks = [], report(args, config, data, out)
     for name, value in vars(args).items():           # the flags that were given, for the training
         if name not in ("start", "factor", "steps", "epochs", "out") and (

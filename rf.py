@@ -214,9 +214,10 @@ class Follower(TorchFunctionMode):
         return result
 
     def kind_of(self, layer: nn.Module) -> str:
-        """The type of a layer of torch's; in any other module the function at work, if one is."""
-        own = type(layer).__module__.startswith("torch.nn")
-        return self.kind if self.kind and not own else type(layer).__name__
+        """The type of a layer, that is, of a module that has none inside; in any other module, such
+        as a whole network, the function at work, if one is."""
+        inner = layer is not self.path[0][1] and next(layer.children(), None) is None
+        return type(layer).__name__ if inner or not self.kind else self.kind
 
 
 def walk(net: nn.Module, input_shape: tuple, probe: Tensor | None = None) -> Iterator[Row]:

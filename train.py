@@ -56,7 +56,7 @@ def train(config: dict, data: Data, folder: Path | None = None, state: dict | No
     average = copy.deepcopy(net)                     # will trail behind the network, see below
     pairs = [*zip(average.parameters(), net.parameters()), *zip(average.buffers(), net.buffers())]
     size = len(data.train[0])
-    steps = math.ceil(size / config["batch_size"])   # of an epoch: 60,000 / 64 -> 938
+    steps = math.ceil(size / config["batch_size"])   # of an epoch: 60,000 / 128 -> 469
     window = max(1.0, config["ema"] * steps * config["epochs"])          # of the average, in steps
     optimizer = make_optimizer(config["opt"], net, config["lr"], config["weight_decay"],
                                config["momentum"], config["nesterov"], config["decay_all"])
@@ -83,8 +83,8 @@ def train(config: dict, data: Data, folder: Path | None = None, state: dict | No
                 logits = net(x)
             # Cross-entropy takes scores, not probabilities: it applies log-softmax itself, and is
             # then the mean of -log(probability of the label). Label smoothing (Szegedy et al.,
-            # 2016) asks for 95.5% and nine times 0.5%, not for 100%, so that scores need not grow
-            # without end. The loss cannot fall below 0.28 then, the entropy of that target.
+            # 2016) asks for 91% and nine times 1%, say, not for 100%, so that scores need not grow
+            # without end. The loss cannot fall below 0.50 then, the entropy of that target.
             loss = F.cross_entropy(logits.float(), labels,
                                    label_smoothing=config["label_smoothing"])
             # Backward: fills p.grad of each parameter with ∂loss/∂p, by the chain rule, from the
@@ -136,17 +136,20 @@ def train(config: dict, data: Data, folder: Path | None = None, state: dict | No
 def make_network(config: dict, data: Data) -> nn.Module:
     """A fresh network of the configuration, on the device of the data. Raises UserError if it
     cannot take the images, or does not return ten scores for each."""
-    torch.manual_seed(config["seed"])
+    torch.manual_seed(config["seed"])                # drawn on the CPU: the same on any device
     net = build(config["model"], **config["options"])
     if config["dropout"] is not None and not set_dropout(net, config["dropout"]):
         raise UserError(f"--dropout: the network {config['model']!r} has no dropout layer")
-    net = net.to(data.mean.device)
+    net = net.to(data.mean.device)                   # parameters have to be where the images are
+    # A wrong number in a layer is found here, by two images, before a run folder is begun. A second
+    # softmax would not be found by any error at all: the network would only learn badly.
     check_network(net, normalize(data.train[0][:2], data.mean, data.std))
     return net.to(memory_format=torch.channels_last)             # as normalize() does: see there
 
 
 def require_finite(loss: float, row: dict) -> None:
-    """Raise UserError if the loss is infinite or NaN: from there on every weight is."""
+    """Raise UserError if the loss is infinite or NaN. Every gradient is then NaN, and after the
+    next step every weight: nothing that follows could mend it."""
     if not math.isfinite(loss):
         raise UserError(f"epoch {row['epoch']}: the loss is {loss} at batch {row['batch_id']}. Try "
                         "a lower --lr or --clip 1. The last checkpoint is of the epoch before")
@@ -158,8 +161,8 @@ def require_finite(loss: float, row: dict) -> None:
 # rmsprop 1e-4 to 1e-3); the second is OneCycle's maximum, which is touched for a moment only, so it
 # may be a good deal larger, and should be. lr_finder.py measures where it lies.
 
-DEFAULT_LR = {"sgd": (0.05, 0.4), "adam": (1e-3, 1e-2), "adamw": (1e-3, 1e-2),
-              "rmsprop": (1e-3, 3e-3)}
+DEFAULT_LR = {"sgd": (0.05, 0.4), "adam": (1e-3, 2e-2), "adamw": (1e-3, 2e-2),
+              "rmsprop": (1e-3, 6e-3)}
 DEFAULT_WEIGHT_DECAY = {"sgd": 5e-4, "adam": 0.0, "adamw": 1e-2, "rmsprop": 0.0}
 
 
@@ -173,6 +176,7 @@ def make_optimizer(name: str, net: nn.Module, lr: float, weight_decay: float, mo
     dimension, do change the function: pulled towards 0, they would only switch channels off. So
     they are spared, unless decay_all.
     """
+    # A group is a list of parameters with settings of its own; what both share follows below.
     parameters = list(net.parameters())
     spared = [p for p in parameters if p.ndim <= 1 and not decay_all]
     decayed = [p for p in parameters if p.ndim > 1 or decay_all]
@@ -229,16 +233,23 @@ def make_scheduler(name: str, optimizer, epochs: int, steps: int, step_every: in
 
 def sanity(config: dict, data: Data) -> bool:
     """The lecture's checks of any network, data and recipe: print what is seen, what is expected
-    and what is likely wrong where they differ. Returns whether all is well. A few seconds."""
+    and what is likely wrong where they differ. Returns whether all is well. A few seconds.
+
+    The lecture's order of work: these checks; the range test (lr_finder.py); a coarse grid of one
+    or two epochs each; the two or three best for 10 to 20 epochs with a schedule. One change at a
+    time, each compared with a baseline.
+    """
     def trial(count, **changes):                     # by the one training loop there is
         part, none = (data.train[0][:count], data.train[1][:count]), (data.test[0][:0],) * 2
         return train(config | {"label_smoothing": 0.0} | changes,
                      data._replace(train=part, val=part, test=none))[1]
 
+    # Forgotten normalization is the quietest fault: everything works, and learns a little worse.
     x = normalize(data.train[0][:1000], data.mean, data.std)
     mean, std = x.mean().item(), x.std().item()
     # Ten images cannot be hard: 100 steps of Adam on all of them at once know them by heart. An
-    # epoch is one step here, so the first row's loss is that of the fresh network.
+    # epoch is one step here, so the first row's loss is that of the fresh network: about ln 10, if
+    # each of ten digits gets the probability 1/10, for -log(1/10) = ln 10.
     heart = trial(10, augment="none", opt="adam", lr=1e-3, weight_decay=0.0, sched="none", ema=0.0,
                   epochs=100, batch_size=10)
     first, loss, accuracy = (heart[0]["train_loss"], heart[-1]["val_loss"],
@@ -267,19 +278,23 @@ def sanity(config: dict, data: Data) -> bool:
 def save_run(folder: Path | None, config: dict, rows: list[dict], parts: dict) -> None:
     """The checkpoint and what is derived from it. Interrupted at any point, each file is whole, and
     the checkpoint, written first, has everything that --resume needs."""
-    if not folder:
+    if not folder:                                   # a trial of lr_finder.py leaves nothing behind
         return
+    # Weights are not enough to go on from. The optimizer holds the momentum of each weight, the
+    # scheduler knows how far it got, and the average is not the network: without any of the three
+    # the next step would be another one than if nothing had happened.
     states = {name: part.state_dict() for name, part in parts.items()}
     save_pt(folder / "checkpoint.pt", {"config": config, "rows": rows, **states})
-    save(folder / "config.json", json.dumps(config, indent=1))
+    save(folder / "config.json", json.dumps(config, indent=1))           # for people to read
     if rows:
         save(folder / "log.csv", to_csv(rows))
         curves(rows, folder / "curves.png")
-    if len(rows) == config["epochs"]:
+    if len(rows) == config["epochs"]:                # the end: what analyze.py and others load
         save_pt(folder / "weights.pt", {"config": config, "weights": states["average"]})
 
 
 def save_pt(path: Path, content: dict) -> None:
+    """torch.save into memory first: a full disk is then one kind of error, in one place."""
     file = io.BytesIO()
     torch.save(content, file)
     save(path, file.getvalue())
@@ -291,7 +306,7 @@ def new_folder(out: Path) -> Path:
     for number in itertools.count(1):
         with contextlib.suppress(FileExistsError):
             folder = make_folder(out) / f"{number:03d}"
-            folder.mkdir()
+            folder.mkdir()                           # raises FileExistsError: the next number, then
             return folder
 
 
@@ -301,18 +316,21 @@ def new_folder(out: Path) -> Path:
 def printer(config: dict, data: Data):
     """A function for train() to call: it draws one line while an epoch runs, where somebody can
     see it, and prints the notes' two lines after it (a third one for held-out images)."""
+    # A file or a pipe gets whole lines only; a terminal or a notebook one that is drawn over.
     live = sys.stdout and (sys.stdout.isatty() or "ipykernel" in sys.modules)
     width = shutil.get_terminal_size().columns - 1   # a line that wraps cannot be drawn over
     total, epochs = len(data.train[0]), config["epochs"]
 
     def show(row, seen=0, started=0.0):
         if seen:
-            speed = seen / (time.perf_counter() - started)
+            speed = seen / (time.perf_counter() - started)           # images a second
             left = round((total * (epochs - row["epoch"] + 1) - seen) / speed)
             line = (f"epoch {row['epoch']}/{epochs} {seen / total:4.0%} loss "
                     f"{row['train_loss']:.3f} accuracy {row['train_accuracy']:.2f}% ({data.name}) "
                     f"{speed:,.0f} images/s {left // 60}:{left % 60:02d} left")
-            return live and print(f"\r{line[:width]:{width}}", end="\r", flush=True)
+            return live and print(f"\r{line[:width]:{width}}", end="\r", flush=True)   # \r: back
+        # Measured while the network learns, on augmented images and with dropout on, "Train" lags
+        # behind "Test", and that is no mistake.
         print(f"Train: Loss={row['train_loss']:.4f} Batch_id={row['batch_id']} LR={row['lr']:.6f} "
               f"Accuracy={row['train_accuracy']:.2f} ({data.name})")
         for name, title in (("val", "Validation set"), ("test", "Test set")):
@@ -329,8 +347,8 @@ def printer(config: dict, data: Data):
 def number(kind, low, high=10 ** 9, open_low=False):
     """An argparse type: a number of `kind` from low to high (above low, if open_low)."""
     def parse(text):
-        value = kind(text)
-        if not low <= value <= high or (open_low and value == low):
+        value = kind(text)                           # int("1.5") raises, and argparse reports it
+        if not low <= value <= high or (open_low and value == low):      # NaN is not <= anything
             limits = f"above {low}" if open_low else f"at least {low}"
             raise argparse.ArgumentTypeError(f"{text} must be {limits} and at most {high}")
         return value
@@ -342,7 +360,12 @@ LR, DECAY = number(float, 0, open_low=True), number(float, 0)
 
 
 def add_shared_flags(parser) -> None:
-    """The flags that lr_finder.py understands too."""
+    """The flags that lr_finder.py understands too.
+
+    The lecture's ranges, to start from: batches of 32 to 256. sgd: lr 1e-3 to 1e-1, momentum 0.9,
+    decay 1e-4 to 5e-4. adam: lr 3e-4 to 1e-3, decay 0 to 5e-4; adamw: decay 1e-2 to 1e-1. rmsprop:
+    lr 1e-4 to 1e-3. Dropout 0.05 to 0.2, label smoothing 0.05, clipping at a norm of 0.5 to 5.
+    """
     add, switch = parser.add_argument, argparse.BooleanOptionalAction
     add("--model", choices=NETWORKS, default="default", help="a network of model.py")
     add("--head", choices=("place", "conv", "linear"), help="the default network's last layers")
@@ -356,8 +379,8 @@ def add_shared_flags(parser) -> None:
     add("--nesterov", action=switch, default=True, help="look ahead, with sgd's momentum")
     add("--weight-decay", type=DECAY, help="None: by optimizer")
     add("--decay-all", action=switch, default=False, help="also of batch norm and biases")
-    add("--batch-size", type=number(int, 1), default=64, help="images a step")
-    add("--label-smoothing", type=number(float, 0, 0.9), default=0.05, help="share spread evenly")
+    add("--batch-size", type=number(int, 1), help="images a step; None: by --epochs")
+    add("--label-smoothing", type=number(float, 0, 0.9), help="share spread evenly; None: likewise")
     add("--dropout", type=number(float, 0, 0.9), help="probability; None: the network's own")
     add("--clip", type=number(float, 0), default=0.0, help="largest gradient norm; 0 is off")
     add("--ema", type=number(float, 0, 1), default=0.07,
@@ -375,7 +398,7 @@ def make_parser() -> Parser:
     add = parser.add_argument
     add("--sched", choices=SCHEDULES, default="onecycle", help="how the rate changes")
     add("--step-every", type=number(int, 1), help="epochs between halvings of --sched step")
-    add("--lr", type=LR, help="with onecycle the maximum; None: by optimizer and schedule")
+    add("--lr", type=LR, help="with onecycle the maximum; None: by --opt, --sched and --epochs")
     add("--epochs", type=number(int, 1, 9999), default=18, help="passes over the images")
     add("--runs", type=number(int, 1), default=1, help="how many seeds to train, from --seed on")
     add("--out", type=user_path, default="runs", help="where run folders are made")
@@ -387,7 +410,7 @@ def make_parser() -> Parser:
 def make_config(args) -> dict:
     """The flags as a plain dict, defaults filled in: what train() and a run's files hold."""
     options = {"head_kind": args.head, "down": args.down, "activation": args.activation}
-    options = {name: value for name, value in options.items() if value}
+    options = {name: value for name, value in options.items() if value}  # what build() is given
     if options and args.model != "default":
         raise UserError("--head, --down and --activation belong to the default network")
     config = {name: value for name, value in vars(args).items() if name not in (
@@ -395,8 +418,16 @@ def make_config(args) -> dict:
     config |= {"options": options, "data_dir": str(args.data_dir)}
     if config["weight_decay"] is None:
         config["weight_decay"] = DEFAULT_WEIGHT_DECAY[args.opt]
-    if config.get("lr", 0) is None:
-        config["lr"] = DEFAULT_LR[args.opt][args.sched == "onecycle"]
+    # A short training needs many steps and large ones: small batches, the full rate. A long one can
+    # afford quieter steps, and a little more smoothing against learning by heart.
+    short = args.epochs < 10
+    for name, value in (("batch_size", 64 if short else 128),
+                        ("label_smoothing", 0.05 if short else 0.1)):
+        if config[name] is None:
+            config[name] = value
+    if config.get("lr", 0) is None:      # lr_finder.py has no --lr: finding one is its work
+        onecycle = args.sched == "onecycle"
+        config["lr"] = DEFAULT_LR[args.opt][onecycle] / (1 if short or not onecycle else 2)
     if config.get("sched") == "plateau" and not args.val:
         config["val"] = 5000             # it watches the loss of held-out images
     return config
@@ -408,7 +439,7 @@ def load_for(config: dict) -> Data:
     if device == "auto":
         device = ("cuda" if torch.cuda.is_available() else
                   "mps" if torch.backends.mps.is_available() else "cpu")
-    try:
+    try:                                             # a driver may be there and not work: try it
         torch.zeros(1, device=device)
     except Exception as error:
         raise UserError(f"--device {device} does not work here, --device cpu would: "
@@ -426,7 +457,7 @@ def open_run(args) -> tuple[dict, dict | None]:
     # A run keeps its settings, or it would be two runs; only where it finds things may change.
     given = {word.split("=")[0] for word in sys.argv[1:] if word.startswith("--")} - {"--resume"}
     here = {"--data-dir": "data_dir", "--device": "device"}
-    if wrong := given - here.keys():
+    if wrong := given - here.keys():                 # anything else would make another training
         raise UserError(f"--resume keeps the run's own settings: leave out {' '.join(wrong)}")
     state = read_pt(args.resume / "checkpoint.pt")
     if state.keys() != {"config", "rows", "net", "average", "optimizer", "scheduler"} or (
@@ -445,7 +476,7 @@ def main() -> None:
     if args.sanity:
         raise SystemExit(0 if sanity(config, data) else 1)
     accuracies = []
-    for config["seed"] in range(config["seed"], config["seed"] + args.runs):
+    for config["seed"] in range(config["seed"], config["seed"] + args.runs):     # all else equal
         folder = args.resume or new_folder(args.out)
         where = shlex.quote(folder.as_posix())       # as any shell takes it
         try:
