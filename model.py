@@ -118,7 +118,7 @@ def he_init(net: nn.Module) -> None:
 
     Two things to know. Behind the last layer there is no ReLU, so nothing is halved there; and
     with no batch norm to keep sizes in check, pooling for the maximum makes them grow. The logits
-    of n2_plain start so large that its first loss is 6.7 in place of ln 10 = 2.3, and `python
+    of n2_plain start so large that its first loss is 7 or 8 in place of ln 10 = 2.3: `python
     train.py --sanity --model n2-plain` says so.
     """
     for layer in net.modules():

@@ -80,7 +80,7 @@ def union(axes: list[Axis]) -> Axis:
         return max(axes, key=lambda axis: axis.dim or 0)._replace(jump=0, size=0, first=0)
     if len({axis.jump for axis in axes}) > 1:          # unit 5 is not the same place in all of them
         raise NotFollowed(f"joins branches at jumps of {' and '.join(str(a.jump) for a in axes)}")
-    first = min(axis.first for axis in axes)
+    first = min(axis.first for axis in axes)           # the earliest start to the latest end
     return axes[0]._replace(first=first, size=max(a.first + a.size for a in axes) - first)
 
 
@@ -99,6 +99,7 @@ def windows_of(layer: nn.Module | None) -> list[tuple[int, int, int, int]]:
     if isinstance(padding, str):                       # "same": an odd pixel goes to the far end
         padding = [(k - 1) * d // 2 * (padding == "same")
                    for k, d in zip(layer.kernel_size, dilation)]
+    # A pooling without a stride steps by its own size: its windows lie side by side.
     settings = layer.kernel_size, layer.stride or layer.kernel_size, padding, dilation
     return list(zip(*(torch.tensor(setting).expand(2).tolist() for setting in settings)))
 
@@ -119,7 +120,7 @@ def inked_lines(units: int) -> list[int]:
 
 def ink(shape: tuple, axes: list[Axis], dtype: torch.dtype) -> Tensor:
     """Clean images of this shape, with ink on rows of the first and on columns of the second."""
-    images = torch.zeros(shape, dtype=dtype)
+    images = torch.zeros(shape, dtype=dtype)           # shape: 2×C×H×W, or whatever it became
     for image, axis in zip(images, axes):
         if axis.dim:
             image.index_fill_(axis.dim - 1, torch.tensor(inked_lines(shape[axis.dim])), math.nan)
@@ -138,6 +139,7 @@ def follow(result: Tensor, inputs: list[Tensor]) -> list[Axis]:
     for i, stains in enumerate(result[:2].isnan()):    # height, then width
         axis = union([x.axes[i] for x in inputs])
         place = axis._replace(jump=0, size=0, first=0, dim=None)        # global
+        # Where ink was put on the inputs, and where stains are now: the same lines, or all of them?
         asked = next((inked_lines(x.shape[x.axes[i].dim]) for x in inputs if x.axes[i].dim), [])
         if asked and result.dim() > 2 and not stains.all():    # N×C: a vector has no places
             for dim, units in enumerate(stains.shape, 1):
@@ -167,7 +169,9 @@ class Follower(TorchFunctionMode):
         super().__init__()
         self.rows, self.path, self.inputs, self.kind = [], [], [], ""
         self.map, self.counted, self.layer = image, {}, None
-        for name, layer in net.named_modules():        # path: the layers that are now at work
+        # path: the layers that are now at work, the innermost last. It names each call's place, and
+        # an error's: whatever raises, raises while its layer is on top.
+        for name, layer in net.named_modules():
             layer.register_forward_pre_hook(lambda layer, _, n=name: self.path.append((n, layer)))
             layer.register_forward_hook(lambda *_: self.path.pop() and None)
 
@@ -178,14 +182,14 @@ class Follower(TorchFunctionMode):
         self.counted.update((id(p), p) for p in given if isinstance(p, nn.Parameter))    # once each
         if not inputs:                                 # weights among themselves, or numbers
             return func(*args, **kwargs)
-        self.kind, self.inputs, self.layer = kind, inputs, self.path[-1][1]
+        self.kind, self.inputs, self.layer = kind, inputs, self.path[-1][1]      # for diagnose()
         if kind.endswith("_pool2d"):                   # F.max_pool2d(x, 2) is nn.MaxPool2d(2) of x
             pool = "".join(map(str.capitalize, kind.split("_")))
             self.layer = getattr(nn, pool)(*args[1:], **kwargs)
         cost = args[1][0].numel() if kind in ("conv2d", "linear") else 0    # weights of one unit
         value = map_aggregate(func(*args, **kwargs), lambda result: self.see(result, inputs, cost)
                               if isinstance(result, Tensor) and result.dim() else result)
-        self.kind = ""
+        self.kind = ""                                 # an error from here on is not this call's
         return value
 
     def see(self, result: Tensor, inputs: list[Tensor], cost: int) -> Tensor:
@@ -194,6 +198,7 @@ class Follower(TorchFunctionMode):
         if len(before) != len(result) and before.dim() != 3:     # attention may swap its axes
             raise UserError(f"turns {len(before)} images into {len(result)}: torch.flatten(x, 1)?")
         windows = windows_of(self.layer) if "2d" in self.kind else []
+        # A window is slid only over a map N×C×H×W whose axes are still in their places.
         if windows and [axis.dim or d for d, axis in enumerate(axes, 2)] == [2, 3]:
             axes = [slide(axis, *window) for axis, window in zip(axes, windows)]
         elif self.kind == "linear" and before.dim() - 1 in [axis.dim for axis in axes]:
@@ -208,6 +213,7 @@ class Follower(TorchFunctionMode):
                   noticed(result) if len(result) == len(before) > 2 else None,
                   sum(p.numel() for p in self.counted.values())
                   - sum(row.parameters for row in self.rows), cost * math.prod(out))
+        # News: a window, products, parameters, or another shape or view than the row before.
         if windows or cost or row.parameters or not self.rows or (out, axes) != (
                 self.rows[-1].shape, self.rows[-1].axes):
             self.rows.append(row)
@@ -239,7 +245,7 @@ def walk(net: nn.Module, input_shape: tuple, probe: Tensor | None = None) -> Ite
         images = torch.cat([images.double(), probe])
     images.axes = axes
     try:
-        with torch.no_grad(), follower:
+        with torch.no_grad(), follower:                # one ordinary forward pass, watched
             net(images)
     except Exception as error:                         # PyTorch refuses with many types of it
         name, layer = follower.path[-1]
@@ -266,7 +272,9 @@ def probes(shape: tuple, each_pixel=False) -> Tensor:
 
 def noticed(result: Tensor) -> Tensor:
     """N×h×w: which unit of the h×w map noticed the ink of which image, in any of its channels?"""
-    dims = [axis.dim for axis in result.axes if axis.dim]        # where height and width are now
+    # Height and width to the front, whatever else there is flattened behind them: a unit is all its
+    # channels together, and has noticed what any of them has.
+    dims = [axis.dim for axis in result.axes if axis.dim]
     stains = result[2:].isnan()[..., None].movedim(dims, list(range(1, len(dims) + 1)))
     units = [result.shape[axis.dim] if axis.dim else 1 for axis in result.axes]
     return stains.flatten(1 + len(dims)).any(-1).reshape(-1, *units)
@@ -290,8 +298,9 @@ def diagnose(error: Exception, follower: Follower) -> str:
     windows = windows_of(follower.layer) if len(shape) == 3 and follower.kind.endswith("2d") else []
     reach = [(kernel - 1) * dilation + 1 for kernel, _, _, dilation in windows]
     room = [n + 2 * padding for n, (_, _, padding, _) in zip(shape[1:], windows)]
-    if isinstance(error, UserError):
+    if isinstance(error, UserError):                            # it is an explanation already
         return str(error)
+    # First the number of dimensions: with that wrong, no number of channels would help.
     if kind == "Linear" and not shape:                          # averaged over the channels, too
         return f"wants {wants} features, got one number an image: average with x.mean((2, 3))"
     if kind == "Linear" and inputs[0].dim() - 1 in [axis.dim for axis in inputs[0].axes]:
@@ -322,6 +331,8 @@ def check_network(net: nn.Module, images: Tensor, classes=10) -> None:
     problem = ""
     try:
         with torch.no_grad(), torch.random.fork_rng([images.device] * images.is_cuda):
+            # Of a copy, in eval mode: no dropout is drawn, no running mean moves, the training that
+            # follows is the same, to the bit, as without this look.
             logits = copy.deepcopy(net).eval()(images)
         if not isinstance(logits, Tensor):
             problem = f"returns a {type(logits).__name__}: return the logits only"
@@ -333,7 +344,7 @@ def check_network(net: nn.Module, images: Tensor, classes=10) -> None:
                 else f"its last layer must give {classes}")
         elif not logits.isfinite().all():
             problem = "returns numbers that are not finite"
-        elif (logits >= 0).all() and (logits.sum(1) - 1).abs().max() < 1e-3:
+        elif (logits >= 0).all() and (logits.sum(1) - 1).abs().max() < 1e-3:     # a distribution
             problem = "ends in softmax, and cross-entropy applies softmax itself: remove the first"
     except Exception as error:
         with contextlib.suppress(NotFollowed):                   # then its own message must do
@@ -357,9 +368,10 @@ def verdict(row: Row) -> str:
     """The most rows and columns that a unit was found to see, and: are they its window's?"""
     if row.measured is None:
         return ""
-    height = row.axes[0].pixels
+    height = row.axes[0].pixels                        # images 0 to H - 1 had ink on a row
     found = [row.measured[:height].any(2).T, row.measured[height:].any(1).T]     # units×pixels
     windows = [covered(axis, len(seen)) for axis, seen in zip(row.axes, found)]
+    # Compared one by one: every unit, also at the border, with every row and column of pixels.
     sign = ("=" if all(map(torch.equal, found, windows)) else
             "!" if any((seen & ~window).any() for seen, window in zip(found, windows)) else "<")
     return f"{both([int(seen.sum(1).max()) for seen in found])} {sign}"
@@ -397,6 +409,7 @@ def explain(net: nn.Module, input_shape: tuple) -> str | None:
         print(table(rows), flush=True)
         print(f"error: {error}", file=sys.stderr)
         return str(error)
+    # Each product is two operations; "FLOPs" in papers are sometimes the one, sometimes the other.
     work, parameters = sum(row.multiply_adds for row in rows), sum(row.parameters for row in rows)
     if work * sum(shape[1:]) < AFFORDABLE:             # H + W images to measure with
         rows = list(walk(net, shape, probes(shape)))
@@ -422,6 +435,7 @@ def effective_field(net: nn.Module, images: Tensor, layer: str) -> Tensor:
     |d unit / d pixel|, the unit summed over its channels, averaged over images N×C×H×W. Luo et al.
     (2016) find it roughly a Gaussian: most of the window hardly counts.
     """
+    # backward() does not care whose gradient it is: here the pixels', not the weights'.
     images, maps = images.clone().requires_grad_(), []
     hook = net.get_submodule(layer).register_forward_hook(lambda *call: maps.append(call[2]))
     net.eval()(images)
@@ -436,6 +450,7 @@ def draw_fields(nets: dict, images: Tensor, path) -> None:
     last = last_map([row for row in walk(nets["fresh"][0], images.shape[1:]) if row.windows])
     (top, height), (left, width) = ((axis.first + units // 2 * axis.jump, axis.size)
                                     for axis, units in zip(last.axes, last.shape[1:]))
+    # Squares around the window's centre: how large is the one that holds half of the gradient?
     y, x = ((torch.arange(n) - start - (size - 1) / 2).abs() for n, start, size in zip(
         images.shape[2:], (top, left), (height, width)))
     side = 2 * torch.maximum(y[:, None], x) + 1        # H×W: of the square that just holds a pixel
@@ -499,6 +514,7 @@ def main() -> None:
     args = parser.parse_args()
     if args.slips:
         return print(slips())
+    # With --run, the trained network and a fresh one of the same kind, to be compared.
     trained, config = load_run(find_run(args.run)) if args.run else (
         None, {"model": args.model, "options": {}})
     torch.manual_seed(0)                               # the same fresh network each time

@@ -329,6 +329,7 @@ def printer(config: dict, data: Data):
                     f"{row['train_loss']:.3f} accuracy {row['train_accuracy']:.2f}% ({data.name}) "
                     f"{speed:,.0f} images/s {left // 60}:{left % 60:02d} left")
             return live and print(f"\r{line[:width]:{width}}", end="\r", flush=True)   # \r: back
+        print(" " * width * bool(live), end="\r" if live else "")        # over what was drawn
         # Measured while the network learns, on augmented images and with dropout on, "Train" lags
         # behind "Test", and that is no mistake.
         print(f"Train: Loss={row['train_loss']:.4f} Batch_id={row['batch_id']} LR={row['lr']:.6f} "
