@@ -134,7 +134,7 @@ def gaussian_blur(images: Tensor, sigma: Tensor, size=5) -> Tensor:
     offsets = torch.arange(-reach, reach + 1, device=images.device)
     kernel = torch.softmax(-offsets ** 2 / (2 * sigma[:, None] ** 2), dim=1)            # N×5, sum 1
     kernel = kernel.repeat_interleave(c, 0)[:, None]                                    # NC×1×5
-    x = F.pad(images.view(1, n * c, h, w), (reach,) * 4, mode="reflect")
+    x = F.pad(images.view(1, n * c, h, w), (reach,) * 4, mode="reflect")     # zeros would darken
     # A Gaussian is a product of one in x and one in y: 5 + 5 products in place of 25. All images
     # are channels of one big image, a group for each, because each has a kernel of its own.
     x = F.conv2d(x, kernel[:, :, None, :], groups=n * c)
@@ -174,9 +174,9 @@ def batches(images: Tensor, labels: Tensor, batch_size: int, shuffle=True) -> It
     # and sorted by digit it would forget the 0s while it learns the 9s.
     order = torch.randperm(len(images), device=images.device) if shuffle else None
     for start in range(0, len(images), batch_size):
-        index = slice(start, start + batch_size)
+        index = slice(start, start + batch_size)     # the last one may reach beyond the end
         index = order[index] if shuffle else index
-        yield images[index], labels[index]
+        yield images[index], labels[index]           # new tensors, B×C×H×W and B
 
 
 def normalize(x: Tensor, mean: Tensor, std: Tensor) -> Tensor:
@@ -211,6 +211,7 @@ def load(name="mnist", data_dir="data", device="cpu", val=0, limit=None) -> Data
     else:
         folder = make_folder(data_dir)               # or one line that says why it cannot be
         parts = load_mnist(folder) if name == "mnist" else load_torchvision(name, folder)
+    # To the device once, all of it: no batch has to travel there while the training waits.
     images, labels, test_images, test_labels = (part.to(device) for part in parts)
     labels, kept = labels.long(), len(images) - val  # int64: what cross-entropy indexes with
     if kept < (limit or 1):
@@ -272,6 +273,8 @@ def read_checked(raw: Path) -> list[bytes] | None:
     contents = {}
     for path in [raw / f"{name}{suffix}" for name in MNIST_MD5 for suffix in ("", ".gz")]:
         try:
+            # The checksum is that of the unpacked file: it finds every kind of damage, also a
+            # download that was cut off or a web page in the place of the file.
             content = gzip.decompress(path.read_bytes()) if path.suffix else path.read_bytes()
             if hashlib.md5(content).hexdigest() == MNIST_MD5[path.stem]:
                 contents[path.stem] = content
@@ -333,7 +336,7 @@ def draw_digits(count: int, seed: int) -> tuple[Tensor, Tensor]:
         glyphs.append(torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8))
     with torch.random.fork_rng(devices=[]):          # the caller's random numbers stay untouched
         torch.manual_seed(seed)
-        labels = torch.randint(0, 10, (count,))
+        labels = torch.randint(0, 10, (count,))                  # each digit about as often
         images = augment(torch.stack(glyphs).view(10, 1, 28, 28)[labels], "synthetic")
         images = images + 0.08 * torch.randn_like(images)        # a camera's grain
     return (images.clamp(0, 1) * 255).byte(), labels
@@ -350,6 +353,7 @@ class Parser(argparse.ArgumentParser):
     """argparse, with one line for wrong input in place of the usage, and defaults in --help."""
 
     def __init__(self, *args, **options):
+        # No abbreviations: --ep would mean --epochs until some other flag begins like that, too.
         super().__init__(*args, allow_abbrev=False, **options,
                          formatter_class=argparse.ArgumentDefaultsHelpFormatter)
 

@@ -73,7 +73,7 @@ def range_test(net: nn.Module, optimizer_of: Callable, loss_of: Callable, start=
                 break
             optimizer.zero_grad()
             loss.backward()
-            optimizer.step()
+            optimizer.step()                         # at this rate: the next loss will show it
     return rates, losses
 
 
@@ -87,16 +87,16 @@ def smooth(losses: list[float], beta=0.8) -> list[float]:
     finite = [loss if math.isfinite(loss) else worst for loss in losses]
     # First the median of five neighbours: a spike of one or two batches vanishes, in place of being
     # smeared over its surroundings, as any average would do.
-    curve = [statistics.median(finite[max(0, i - 2):i + 3]) for i in range(len(finite))]
+    curve = [statistics.median(finite[max(0, i - 2):i + 3]) for i in range(len(finite))]     # ±2
     # Then an exponential moving average. It starts at 0, which pulls its first values down: divided
     # by 1 - betaⁿ they are right (Adam does the same). And it lags behind, by beta/(1 - beta) = 4
     # steps, a factor of 1.5 in the rate; so it is done again backwards, which undoes the lag.
     for _ in range(2):
         average, smoothed = 0.0, []
         for n, value in enumerate(curve, start=1):
-            average = beta * average + (1 - beta) * value
+            average = beta * average + (1 - beta) * value        # 80% of the past, 20% news
             smoothed.append(average / (1 - beta ** n))
-        curve = smoothed[::-1]
+        curve = smoothed[::-1]                       # twice reversed, it is the right way round
     return curve
 
 
@@ -110,7 +110,7 @@ def pick_rates(rates: list[float], losses: list[float], beta=0.8) -> dict[str, f
     # the lowest is the explosion, and higher than anything.
     lowest = min(range(len(curve)), key=curve.__getitem__)
     first = max(range(lowest + 1), key=curve.__getitem__)
-    fall = curve[first] - curve[lowest]
+    fall = curve[first] - curve[lowest]              # the way that is gone, in units of loss
     if not fall > 0.05 * abs(curve[first]):
         return {}
     # Where is 80% of the longest descent done? A long slope crosses a level in one place, whatever
@@ -126,6 +126,7 @@ def pick_rates(rates: list[float], losses: list[float], beta=0.8) -> dict[str, f
               for i in range(1, lowest)}
     if slopes:
         picks["steepest"] = rates[min(slopes, key=slopes.get)]
+    # At the lowest point the loss no longer falls: that rate is too large already.
     picks["minimum / 10"] = rates[lowest] / 10
     if losses[-1] > 2 * curve[lowest] or not math.isfinite(losses[-1]):
         # The sweep ended in an explosion. Where did that begin? Walk back down from the end while
@@ -139,6 +140,7 @@ def pick_rates(rates: list[float], losses: list[float], beta=0.8) -> dict[str, f
     return picks
 
 
+# What each pick means, printed beside it: a number without its reason is a spell.
 REASONS = {
     "recommended": "four times the valley, for OneCycle's maximum, touched for a moment only",
     "valley": "80% of the longest descent is done here: a rate to hold, clear of the edge",
@@ -159,7 +161,7 @@ def sweep(config: dict, data: Data, **options) -> tuple[list[float], list[float]
     endless = itertools.chain.from_iterable(         # one epoch after another, each shuffled anew
         batches(*data.train, config["batch_size"]) for _ in itertools.count())
 
-    def loss_of(net):
+    def loss_of(net):                                # the step of train.py's loop, up to the loss
         images, labels = next(endless)
         logits = net(normalize(augment(images, config["augment"]), data.mean, data.std))
         return F.cross_entropy(logits, labels, label_smoothing=config["label_smoothing"])
@@ -249,6 +251,7 @@ def random_cells(count: int, opt: str, seed: int) -> list[dict]:
 
 def report(args, config: dict, data: Data, out: Path) -> dict[str, float]:
     """Make the sweep that the flags ask for, draw it, print its picks, return them."""
+    # The curve leaves the picture where it explodes: or the descent would be a flat line below it.
     rates, losses = sweep(config, data, start=args.start, factor=args.factor, steps=args.steps)
     curve, picks = smooth(losses), pick_rates(rates, losses)
     title = f"{args.model} on {data.name}, {args.opt}, batches of {args.batch_size}"
