@@ -64,8 +64,8 @@ def train(config: dict, data: Data, folder: Path | None = None, state: dict | No
                                config["step_every"])
     parts = {"net": net, "average": average, "optimizer": optimizer, "scheduler": scheduler}
     rows = state["rows"] if state else []
-    for name, part in parts.items() if state else ():
-        part.load_state_dict(state[name])
+    if state:
+        restore(parts, state)
     save_run(folder, config, rows, parts)            # so it can be resumed from its first moment on
 
     for epoch in range(len(rows) + 1, config["epochs"] + 1):
@@ -145,6 +145,16 @@ def make_network(config: dict, data: Data) -> nn.Module:
     # softmax would not be found by any error at all: the network would only learn badly.
     check_network(net, normalize(data.train[0][:2], data.mean, data.std))
     return net.to(memory_format=torch.channels_last)             # as normalize() does: see there
+
+
+def restore(parts: dict, state: dict) -> None:
+    """Put a checkpoint's states into network, average, optimizer, scheduler. Raises UserError."""
+    try:
+        for name, part in parts.items():
+            part.load_state_dict(state[name])
+    except Exception as error:           # shapes or names that are not those of the checkpoint
+        raise UserError("--resume: the checkpoint does not fit its network. Has model.py changed "
+                        f"since? ({type(error).__name__})")
 
 
 def require_finite(loss: float, row: dict) -> None:
