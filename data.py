@@ -33,8 +33,8 @@ from typing import Iterator
 # yet?" without end, and so answers at once. On a quiet machine that is best. Beside other programs
 # it is the worst: the core it keeps busy with asking is the one that another thread needs to get
 # done. A limit on the questions, after which a thread goes to sleep, is nearly free on a quiet
-# machine and up to ten times faster on a busy one (README, Speed). GNU's OpenMP, which torch brings
-# along on Linux, reads this variable; the other ones do not know it.
+# machine and two to four times faster on a busy one (README, Speed). GNU's OpenMP, which torch
+# brings along on Linux, reads this variable; the other ones do not know it.
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 try:
     import torch

@@ -140,7 +140,7 @@ def default(head_kind="place", down="pool", activation="silu") -> nn.Sequential:
     - Its channels hardly grow. A 3×3 convolution costs 9·in·out parameters wherever it stands: one
       of 15→24 and three of 24→24 use up the budget.
     - SiLU, x·sigmoid(x), in place of ReLU (Elfwing et al., 2017): the same shape without the kink,
-      and no unit is ever quite dead. What it is worth, the README says: little.
+      and no unit is ever quite dead. `--activation relu` tells what it is worth.
     - Dropout only once, where the features meet the head: on whole maps it costs more time.
     """
     act = {"silu": nn.SiLU, "relu": nn.ReLU}[activation]
