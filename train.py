@@ -22,15 +22,12 @@ import io
 import itertools
 import json
 import math
-import shlex
-import shutil
-import statistics
 import sys
 import time
 from pathlib import Path
 
-from data import (NAMES, PRESETS, Data, Parser, UserError, augment, batches, load, make_folder,
-                  normalize, reason, run_command, save, to_csv, user_path)      # before torch
+from data import (NAMES, PRESETS, Data, Parser, UserError, augment, batches, load, normalize,
+                  reason, run_command, save, to_csv, user_path)      # before torch: see data.py
 
 import torch
 import torch.nn.functional as F
@@ -38,7 +35,7 @@ from torch import Tensor, nn
 from torch.optim import lr_scheduler
 
 from analyze import curves, evaluate, read_pt
-from model import NETWORKS, build, count_parameters, set_dropout
+from model import NETWORKS, build, count_parameters
 from rf import check_network
 
 # ---- All of training --------------------------------------------------------------------------
@@ -54,18 +51,14 @@ def train(config: dict, data: Data, folder: Path | None = None, state: dict | No
     """
     net = make_network(config, data)                 # random weights, but the same for a seed
     average = copy.deepcopy(net)                     # will trail behind the network, see below
-    pairs = [*zip(average.parameters(), net.parameters()), *zip(average.buffers(), net.buffers())]
+    pairs = [*zip(average.state_dict().values(), net.state_dict().values())]
     size = len(data.train[0])
     steps = math.ceil(size / config["batch_size"])   # of an epoch: 60,000 / 128 -> 469
     window = max(1.0, config["ema"] * steps * config["epochs"])          # of the average, in steps
-    optimizer = make_optimizer(config["opt"], net, config["lr"], config["weight_decay"],
-                               config["momentum"], config["nesterov"], config["decay_all"])
-    scheduler = make_scheduler(config["sched"], optimizer, config["epochs"], steps,
-                               config["step_every"])
+    optimizer = make_optimizer(config, net)
+    scheduler = make_scheduler(config, optimizer, steps)
     parts = {"net": net, "average": average, "optimizer": optimizer, "scheduler": scheduler}
-    rows = state["rows"] if state else []
-    if state:
-        restore(parts, state)
+    rows = restore(parts, state) if state else []    # one for each epoch that is done
     save_run(folder, config, rows, parts)            # so it can be resumed from its first moment on
 
     for epoch in range(len(rows) + 1, config["epochs"] + 1):
@@ -77,16 +70,13 @@ def train(config: dict, data: Data, folder: Path | None = None, state: dict | No
         loss_sum = correct = seen = 0
         for batch_id, (images, labels) in enumerate(batches(*data.train, config["batch_size"])):
             # Forward: uint8 B×1×28×28 -> varied, mean 0, size 1 -> ten scores an image, B×10.
-            # (In bfloat16, if asked for: it has float32's range, so no loss scaling is needed.)
             x = normalize(augment(images, config["augment"]), data.mean, data.std)
-            with torch.autocast(images.device.type, torch.bfloat16, enabled=config["amp"]):
-                logits = net(x)
+            logits = net(x)
             # Cross-entropy takes scores, not probabilities: it applies log-softmax itself, and is
             # then the mean of -log(probability of the label). Label smoothing (Szegedy et al.,
             # 2016) asks for 91% and nine times 1%, say, not for 100%, so that scores need not grow
             # without end. The loss cannot fall below 0.50 then, the entropy of that target.
-            loss = F.cross_entropy(logits.float(), labels,
-                                   label_smoothing=config["label_smoothing"])
+            loss = F.cross_entropy(logits, labels, label_smoothing=config["label_smoothing"])
             # Backward: fills p.grad of each parameter with ∂loss/∂p, by the chain rule, from the
             # last layer to the first. backward() adds to what is there, so the gradients of the
             # step before have to go first; without zero_grad each step would repeat all old ones.
@@ -137,9 +127,11 @@ def make_network(config: dict, data: Data) -> nn.Module:
     """A fresh network of the configuration, on the device of the data. Raises UserError if it
     cannot take the images, or does not return ten scores for each."""
     torch.manual_seed(config["seed"])                # drawn on the CPU: the same on any device
-    net = build(config["model"], **config["options"])
-    if config["dropout"] is not None and not set_dropout(net, config["dropout"]):
-        raise UserError(f"--dropout: the network {config['model']!r} has no dropout layer")
+    try:
+        net = build(config["model"], **config["options"])
+    except TypeError:
+        raise UserError(f"the network {config['model']} has no choice of "
+                        f"{' or '.join(config['options'])}")
     net = net.to(data.mean.device)                   # parameters have to be where the images are
     # A wrong number in a layer is found here, by two images, before a run folder is begun. A second
     # softmax would not be found by any error at all: the network would only learn badly.
@@ -147,11 +139,13 @@ def make_network(config: dict, data: Data) -> nn.Module:
     return net.to(memory_format=torch.channels_last)             # as normalize() does: see there
 
 
-def restore(parts: dict, state: dict) -> None:
-    """Put a checkpoint's states into network, average, optimizer, scheduler. Raises UserError."""
+def restore(parts: dict, state: dict) -> list[dict]:
+    """Put a checkpoint's states into network, average, optimizer and scheduler; return its rows of
+    the log. Raises UserError."""
     try:
         for name, part in parts.items():
             part.load_state_dict(state[name])
+        return state["rows"]
     except Exception as error:           # shapes or names that are not those of the checkpoint
         raise UserError("--resume: the checkpoint does not fit its network. Has model.py changed "
                         f"since? ({type(error).__name__})")
@@ -176,9 +170,8 @@ DEFAULT_LR = {"sgd": (0.05, 0.4), "adam": (1e-3, 2e-2), "adamw": (1e-3, 2e-2),
 DEFAULT_WEIGHT_DECAY = {"sgd": 5e-4, "adam": 0.0, "adamw": 1e-2, "rmsprop": 0.0}
 
 
-def make_optimizer(name: str, net: nn.Module, lr: float, weight_decay: float, momentum=0.9,
-                   nesterov=True, decay_all=False) -> torch.optim.Optimizer:
-    """sgd, adam, adamw or rmsprop over the parameters of `net`. Raises KeyError for other names.
+def make_optimizer(config: dict, net: nn.Module) -> torch.optim.Optimizer:
+    """sgd, adam, adamw or rmsprop, as the flags say, over the parameters of `net`.
 
     Weight decay λ pulls weights towards 0: g += λ·w. In front of batch norm the size of a
     convolution's weights changes nothing: decay keeps them small, and so keeps the steps large
@@ -186,27 +179,28 @@ def make_optimizer(name: str, net: nn.Module, lr: float, weight_decay: float, mo
     dimension, do change the function: pulled towards 0, they would only switch channels off. So
     they are spared, unless decay_all.
     """
-    # A group is a list of parameters with settings of its own; what both share follows below.
-    parameters = list(net.parameters())
-    spared = [p for p in parameters if p.ndim <= 1 and not decay_all]
-    decayed = [p for p in parameters if p.ndim > 1 or decay_all]
-    groups = [{"params": decayed, "weight_decay": weight_decay},
+    lr, momentum = config["lr"], config["momentum"]
+    # A group is a list of parameters with settings of its own; all else follows, for both, below.
+    spared = [p for p in net.parameters() if p.ndim <= 1 and not config["decay_all"]]
+    decayed = [p for p in net.parameters() if p.ndim > 1 or config["decay_all"]]
+    groups = [{"params": decayed, "weight_decay": config["weight_decay"]},
               {"params": spared, "weight_decay": 0.0}]
-    return {
+    if config["opt"] == "sgd":
         # v = μ·v + g: steady gradients add up to 1/(1 − μ) = ten times their size, those that turn
         # back and forth cancel. Then w −= η·v, or η·(g + μ·v): where v is about to carry it
         # (Nesterov, 1983; Sutskever et al., 2013).
-        "sgd": lambda: torch.optim.SGD(groups, lr, momentum, nesterov=nesterov and momentum > 0),
-        # m and v are running means of g and g²; w −= η·m̂/(√v̂ + ε). Each weight is moved by about
-        # η, whether its gradients are large or small (Kingma and Ba, 2015). The hats undo that m
-        # and v start at 0: m̂ = m/(1 − β₁ᵗ). Decay is added to g, and so is divided by √v̂, too.
-        "adam": lambda: torch.optim.Adam(groups, lr, betas=(momentum, 0.999)),
-        # The same, but the decay goes to the weight itself: w −= η·λ·w (Loshchilov, Hutter, 2019).
-        "adamw": lambda: torch.optim.AdamW(groups, lr, betas=(momentum, 0.999)),
-        # v as in Adam, but no momentum and no hat: w −= η·g/(√v + ε) (Hinton's lecture, 2012). The
-        # first steps are large, since v starts at 0: with α = 0.99 ten times η.
-        "rmsprop": lambda: torch.optim.RMSprop(groups, lr, alpha=0.99),
-    }[name]()
+        return torch.optim.SGD(groups, lr, momentum, nesterov=config["nesterov"] and momentum > 0)
+    if config["opt"] == "rmsprop":
+        # v is a running mean of g², and each weight is moved by about η, whether its gradients are
+        # large or small: w −= η·g/(√v + ε) (Hinton's lecture, 2012). The first steps are large,
+        # since v starts at 0: with α = 0.99 ten times η.
+        return torch.optim.RMSprop(groups, lr, alpha=0.99)
+    # The same with momentum: m and v are running means of g and g², w −= η·m̂/(√v̂ + ε) (Kingma and
+    # Ba, 2015). The hats undo that m and v start at 0: m̂ = m/(1 − β₁ᵗ). In Adam the decay is added
+    # to g, and so divided by √v̂, too; in AdamW it goes to the weight itself: w −= η·λ·w
+    # (Loshchilov and Hutter, 2019).
+    kind = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[config["opt"]]
+    return kind(groups, lr, betas=(momentum, 0.999))
 
 
 # ---- Schedules: the rate over time ------------------------------------------------------------
@@ -214,18 +208,18 @@ def make_optimizer(name: str, net: nn.Module, lr: float, weight_decay: float, mo
 SCHEDULES = ("none", "step", "cosine", "onecycle", "plateau")
 
 
-def make_scheduler(name: str, optimizer, epochs: int, steps: int, step_every: int | None = None):
-    """How the rate η changes over epochs·steps steps, `steps` to an epoch. Raises UserError.
+def make_scheduler(config: dict, optimizer, steps: int):
+    """How the rate η changes from step to step, `steps` to an epoch. Raises UserError.
 
     Large steps get far and bounce; small ones settle. All but "plateau" are stepped after each
     batch; plateau is stepped after each epoch, with the loss of held-out images.
     """
-    total, lr = epochs * steps, optimizer.param_groups[0]["lr"]
+    name, total = config["sched"], config["epochs"] * steps
     if name == "none":                               # η                                  ‾‾‾‾‾‾‾‾
         return lr_scheduler.ConstantLR(optimizer, factor=1.0)
     if name == "step":                               # η·½ᵏ after k fifths of the time    ‾‾-.__..
-        every = step_every * steps if step_every else math.ceil(total / 5)      # or as asked for
-        return lr_scheduler.StepLR(optimizer, every, gamma=0.5)
+        every = config["step_every"] and config["step_every"] * steps        # or as asked for
+        return lr_scheduler.StepLR(optimizer, every or math.ceil(total / 5), gamma=0.5)
     if name == "cosine":                             # η·(1 + cos(π·t/total))/2           ‾‾‾\___
         return lr_scheduler.CosineAnnealingLR(optimizer, total)      # (Loshchilov, Hutter, 2016)
     if name == "plateau":                            # η·½ when the loss has not fallen for 3 epochs
@@ -234,7 +228,7 @@ def make_scheduler(name: str, optimizer, epochs: int, steps: int, step_every: in
         raise UserError("onecycle needs 6 steps or more: raise --epochs or lower --batch-size")
     # From η/25 up to η in the first fifth, then down to almost 0: __/‾‾\__ (Smith, 2018). Small
     # at first, since the random start has steep walls around it; momentum stays as it is.
-    return lr_scheduler.OneCycleLR(optimizer, max_lr=lr, total_steps=total, pct_start=0.2,
+    return lr_scheduler.OneCycleLR(optimizer, config["lr"], total, pct_start=0.2,
                                    cycle_momentum=False)
 
 
@@ -250,36 +244,36 @@ def sanity(config: dict, data: Data) -> bool:
     time, each compared with a baseline.
     """
     def trial(count, **changes):                     # by the one training loop there is
-        part, none = (data.train[0][:count], data.train[1][:count]), (data.test[0][:0],) * 2
+        part, none = tuple(x[:count] for x in data.train), tuple(x[:0] for x in data.test)
         return train(config | {"label_smoothing": 0.0} | changes,
                      data._replace(train=part, val=part, test=none))[1]
 
+    def check(fine, seen, expected, otherwise):
+        print(f"ok    {seen}" if fine else
+              f"LOOK  {seen}, expected {expected}. Likely: {otherwise}")
+        return fine
+
     # Forgotten normalization is the quietest fault: everything works, and learns a little worse.
     x = normalize(data.train[0][:1000], data.mean, data.std)
-    mean, std = x.mean().item(), x.std().item()
     # Ten images cannot be hard: 100 steps of Adam on all of them at once know them by heart. An
     # epoch is one step here, so the first row's loss is that of the fresh network: about ln 10, if
     # each of ten digits gets the probability 1/10, for -log(1/10) = ln 10.
-    heart = trial(10, augment="none", opt="adam", lr=1e-3, weight_decay=0.0, sched="none", ema=0.0,
-                  epochs=100, batch_size=10)
-    first, loss, accuracy = (heart[0]["train_loss"], heart[-1]["val_loss"],
-                             heart[-1]["val_accuracy"])
+    first, *_, last = trial(10, augment="none", opt="adam", lr=1e-3, weight_decay=0.0, ema=0.0,
+                            sched="none", epochs=100, batch_size=10)
     # In a first epoch every image is new, so its accuracy is honest. Where labels do not belong to
     # their images it is that of guessing, 10%, although ten of them can be learned by heart.
     new = trial(50 * config["batch_size"], epochs=1)[0]["train_accuracy"]
-    checks = [
-        (abs(mean) < 0.5 and 0.5 < std < 2, f"pixels: mean {mean:.2f}, deviation {std:.2f}",
-         "0 and 1", "normalization is left out, or done twice"),
-        (abs(first - math.log(10)) < 0.7, f"loss of the fresh network: {first:.2f}", "ln 10 = 2.30",
-         "the last layer's weights are too large for a network without batch norm"),
-        (accuracy == 100 and loss < 0.5, f"ten images, 100 steps: {accuracy:.0f}%, loss {loss:.2f}",
-         "100%, near 0", "no gradient: a softmax before the loss, a detach(), dead ReLUs"),
-        (new > 25, f"new images in 50 steps of your recipe: {new:.0f}%", "more than 25%",
-         "labels that are not their images', or a rate far too small or too large")]
-    for fine, seen, expected, otherwise in checks:
-        print(f"ok    {seen}" if fine else
-              f"LOOK  {seen}, expected {expected}. Likely: {otherwise}")
-    return all(check[0] for check in checks)
+    return all([
+        check(x.mean().abs() < 0.5 < x.std() < 2, f"pixels: mean {x.mean():.2f}, deviation "
+              f"{x.std():.2f}", "0 and 1", "normalization is left out, or done twice"),
+        check(abs(first["train_loss"] - math.log(10)) < 0.7, "loss of the fresh network: "
+              f"{first['train_loss']:.2f}", "ln 10 = 2.30",
+              "the last layer's weights are too large for a network without batch norm"),
+        check(last["val_accuracy"] == 100 and last["val_loss"] < 0.5, "ten images, 100 steps: "
+              f"{last['val_accuracy']:.0f}%, loss {last['val_loss']:.2f}", "100%, near 0",
+              "no gradient: a softmax before the loss, a detach(), dead ReLUs"),
+        check(new > 25, f"new images in 50 steps of your recipe: {new:.0f}%", "more than 25%",
+              "labels that are not their images', or a rate far too small or too large")])
 
 
 # ---- What a run leaves behind -----------------------------------------------------------------
@@ -315,8 +309,8 @@ def new_folder(out: Path) -> Path:
     number in the same moment: mkdir gives it to one of them only."""
     for number in itertools.count(1):
         with contextlib.suppress(FileExistsError):
-            folder = make_folder(out) / f"{number:03d}"
-            folder.mkdir()                           # raises FileExistsError: the next number, then
+            folder = out / f"{number:03d}"
+            folder.mkdir(parents=True)               # raises FileExistsError: the next number, then
             return folder
 
 
@@ -328,22 +322,23 @@ def printer(config: dict, data: Data):
     see it, and prints the notes' two lines after it (a third one for held-out images)."""
     # A file or a pipe gets whole lines only; a terminal or a notebook one that is drawn over.
     live = sys.stdout and (sys.stdout.isatty() or "ipykernel" in sys.modules)
-    width = shutil.get_terminal_size().columns - 1   # a line that wraps cannot be drawn over
     total, epochs = len(data.train[0]), config["epochs"]
 
     def show(row, seen=0, started=0.0):
-        if seen:
+        if seen and live:                            # within an epoch; "\r" goes back to its start
             speed = seen / (time.perf_counter() - started)           # images a second
             left = round((total * (epochs - row["epoch"] + 1) - seen) / speed)
             line = (f"epoch {row['epoch']}/{epochs} {seen / total:4.0%} loss "
-                    f"{row['train_loss']:.3f} accuracy {row['train_accuracy']:.2f}% ({data.name}) "
+                    f"{row['train_loss']:.3f} accuracy {row['train_accuracy']:.2f}% "
                     f"{speed:,.0f} images/s {left // 60}:{left % 60:02d} left")
-            return live and print(f"\r{line[:width]:{width}}", end="\r", flush=True)   # \r: back
-        print(" " * width * bool(live), end="\r" if live else "")        # over what was drawn
+            print(f"{line:79}", end="\r", flush=True)
+        if seen:
+            return
         # Measured while the network learns, on augmented images and with dropout on, "Train" lags
         # behind "Test", and that is no mistake.
-        print(f"Train: Loss={row['train_loss']:.4f} Batch_id={row['batch_id']} LR={row['lr']:.6f} "
-              f"Accuracy={row['train_accuracy']:.2f} ({data.name})")
+        line = (f"Train: Loss={row['train_loss']:.4f} Batch_id={row['batch_id']} "
+                f"LR={row['lr']:.6f} Accuracy={row['train_accuracy']:.2f} ({data.name})")
+        print(f"{line:79}" if live else line)        # over what was drawn
         for name, title in (("val", "Validation set"), ("test", "Test set")):
             if count := len(getattr(data, name)[0]):
                 loss, accuracy = row[f"{name}_loss"], row[f"{name}_accuracy"]
@@ -355,33 +350,33 @@ def printer(config: dict, data: Data):
 # ---- The command line -------------------------------------------------------------------------
 
 
-def number(kind, low, high=10 ** 9, open_low=False):
-    """An argparse type: a number of `kind` from low to high (above low, if open_low)."""
+def number(kind, low, high=10 ** 9):
+    """An argparse type: a number of `kind` from low to high."""
     def parse(text):
-        value = kind(text)                           # int("1.5") raises, and argparse reports it
-        if not low <= value <= high or (open_low and value == low):      # NaN is not <= anything
-            limits = f"above {low}" if open_low else f"at least {low}"
-            raise argparse.ArgumentTypeError(f"{text} must be {limits} and at most {high}")
-        return value
+        if not low <= kind(text) <= high:            # NaN is not <= anything; int("1.5") raises
+            raise argparse.ArgumentTypeError(f"{text} must be at least {low} and at most {high}")
+        return kind(text)
     parse.__name__ = kind.__name__                   # argparse says "invalid float value" by it
     return parse
 
 
-LR, DECAY = number(float, 0, open_low=True), number(float, 0)
+LR, DECAY = number(float, 1e-12), number(float, 0)
 
 
-def add_shared_flags(parser) -> None:
-    """The flags that lr_finder.py understands too.
+def make_parser() -> Parser:
+    """All flags. lr_finder.py understands them, too.
 
     The lecture's ranges, to start from: batches of 32 to 256. sgd: lr 1e-3 to 1e-1, momentum 0.9,
     decay 1e-4 to 5e-4. adam: lr 3e-4 to 1e-3, decay 0 to 5e-4; adamw: decay 1e-2 to 1e-1. rmsprop:
     lr 1e-4 to 1e-3. Dropout 0.05 to 0.2, label smoothing 0.05, clipping at a norm of 0.5 to 5.
     """
+    parser = Parser(prog="train.py", description="Train a network on MNIST.")
     add, switch = parser.add_argument, argparse.BooleanOptionalAction
     add("--model", choices=NETWORKS, default="default", help="a network of model.py")
-    add("--head", choices=("place", "conv", "linear"), help="the default network's last layers")
-    add("--down", choices=("pool", "late", "overlap", "stride"), help="how it halves the maps")
+    add("--head", choices=("place", "conv", "linear"), help="last layers of our own networks")
+    add("--down", choices=("pool", "late", "overlap", "stride"), help="how the default network halves maps")
     add("--activation", choices=("silu", "relu"), help="what follows its batch norms")
+    add("--dropout", type=number(float, 0, 0.9), help="probability, before its head")
     add("--data", choices=NAMES, default="mnist", help="which data set")
     add("--data-dir", type=user_path, default="data", help="where the data set is or will be put")
     add("--augment", choices=PRESETS, default="default", help="how images are varied")
@@ -392,7 +387,6 @@ def add_shared_flags(parser) -> None:
     add("--decay-all", action=switch, default=False, help="also of batch norm and biases")
     add("--batch-size", type=number(int, 1), help="images a step; None: by --epochs")
     add("--label-smoothing", type=number(float, 0, 0.9), help="share spread evenly; None: likewise")
-    add("--dropout", type=number(float, 0, 0.9), help="probability; None: the network's own")
     add("--clip", type=number(float, 0), default=0.0, help="largest gradient norm; 0 is off")
     add("--ema", type=number(float, 0, 1), default=0.07,
         help="window of the moving average of the weights, a share of all steps; 0 is off")
@@ -400,13 +394,7 @@ def add_shared_flags(parser) -> None:
     add("--limit", type=number(int, 1), help="train on the first LIMIT images only")
     add("--seed", type=number(int, 0), default=0, help="of all random numbers")
     add("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto", help="auto: fastest")
-    add("--amp", action="store_true", help="compute in bfloat16 where it is safe")
 
-
-def make_parser() -> Parser:
-    parser = Parser(prog="train.py", description="Train a network on MNIST.")
-    add_shared_flags(parser)
-    add = parser.add_argument
     add("--sched", choices=SCHEDULES, default="onecycle", help="how the rate changes")
     add("--step-every", type=number(int, 1), help="epochs between halvings of --sched step")
     add("--lr", type=LR, help="with onecycle the maximum; None: by --opt, --sched and --epochs")
@@ -419,29 +407,21 @@ def make_parser() -> Parser:
 
 
 def make_config(args) -> dict:
-    """The flags as a plain dict, defaults filled in: what train() and a run's files hold."""
-    options = {"head_kind": args.head, "down": args.down, "activation": args.activation}
-    options = {name: value for name, value in options.items() if value}  # what build() is given
-    if options and args.model != "default":
-        raise UserError("--head, --down and --activation belong to the default network")
-    config = {name: value for name, value in vars(args).items() if name not in (
-        "out", "resume", "runs", "sanity", "head", "down", "activation")}
-    config |= {"options": options, "data_dir": str(args.data_dir)}
-    if config["weight_decay"] is None:
-        config["weight_decay"] = DEFAULT_WEIGHT_DECAY[args.opt]
+    """The flags as a plain dict, each None filled in: what train() takes and a run's files hold."""
+    config = {name: value for name, value in vars(args).items()
+              if name not in ("out", "resume", "runs", "sanity")}
+    options = {name: config.pop(name) for name in ("head", "down", "activation", "dropout")}
+    options = {name: value for name, value in options.items() if value is not None}
     # A short training needs many steps and large ones: small batches, the full rate. A long one can
     # afford quieter steps, and a little more smoothing against learning by heart.
-    short = args.epochs < 10
-    for name, value in (("batch_size", 64 if short else 128),
-                        ("label_smoothing", 0.05 if short else 0.1)):
-        if config[name] is None:
-            config[name] = value
-    if config.get("lr", 0) is None:      # lr_finder.py has no --lr: finding one is its work
-        onecycle = args.sched == "onecycle"
-        config["lr"] = DEFAULT_LR[args.opt][onecycle] / (1 if short or not onecycle else 2)
-    if config.get("sched") == "plateau" and not args.val:
-        config["val"] = 5000             # it watches the loss of held-out images
-    return config
+    short, onecycle = args.epochs < 10, args.sched == "onecycle"
+    filled = {"batch_size": 64 if short else 128, "label_smoothing": 0.05 if short else 0.1,
+              "weight_decay": DEFAULT_WEIGHT_DECAY[args.opt],
+              "lr": DEFAULT_LR[args.opt][onecycle] / (2 if onecycle and not short else 1)}
+    config |= {name: value for name, value in filled.items() if config[name] is None}
+    # plateau watches the loss of held-out images. A path is no plain data: as text it is.
+    val = args.val or (5000 if args.sched == "plateau" else 0)
+    return config | {"options": options, "data_dir": str(args.data_dir), "val": val}
 
 
 def load_for(config: dict) -> Data:
@@ -450,12 +430,10 @@ def load_for(config: dict) -> Data:
     if device == "auto":
         device = ("cuda" if torch.cuda.is_available() else
                   "mps" if torch.backends.mps.is_available() else "cpu")
-    try:                                             # a driver may be there and not work: try it
-        torch.zeros(1, device=device)
-    except Exception as error:
-        raise UserError(f"--device {device} does not work here, --device cpu would: "
-                        f"{reason(error)}")
-    data = load(config["data"], config["data_dir"], device, config["val"], config["limit"])
+    try:
+        data = load(config["data"], config["data_dir"], device, config["val"], config["limit"])
+    except (RuntimeError, AssertionError) as error:  # no such device here, or not enough memory
+        raise UserError(f"--device {device} fails, --device cpu would not: {reason(error)}")
     config |= {"mean": data.mean.flatten().tolist(), "std": data.std.flatten().tolist()}
     return data
 
@@ -471,10 +449,7 @@ def open_run(args) -> tuple[dict, dict | None]:
     if wrong := given - here.keys():                 # anything else would make another training
         raise UserError(f"--resume keeps the run's own settings: leave out {' '.join(wrong)}")
     state = read_pt(args.resume / "checkpoint.pt")
-    if state.keys() != {"config", "rows", "net", "average", "optimizer", "scheduler"} or (
-            state["config"].keys() - {"mean", "std"} != config.keys()):
-        raise UserError(f"{args.resume}/checkpoint.pt is of another version of train.py")
-    return state["config"] | {here[flag]: config[here[flag]] for flag in given}, state
+    return config | state["config"] | {here[flag]: config[here[flag]] for flag in given}, state
 
 
 def main() -> None:
@@ -489,11 +464,10 @@ def main() -> None:
     accuracies = []
     for config["seed"] in range(config["seed"], config["seed"] + args.runs):     # all else equal
         folder = args.resume or new_folder(args.out)
-        where = shlex.quote(folder.as_posix())       # as any shell takes it
         try:
             net, rows = train(config, data, folder, state, printer(config, data))
         except KeyboardInterrupt:
-            print(f"\nstopped. Go on with: python train.py --resume {where}" if
+            print(f"\nstopped. Go on with: python train.py --resume {folder.as_posix()}" if
                   (folder / "checkpoint.pt").exists() else "\nstopped; nothing is trained yet")
             raise
         finally:
@@ -503,13 +477,13 @@ def main() -> None:
         print(f"\n{data.name}: {accuracies[-1]:.2f}% of {len(data.test[0]):,} test images right "
               f"after the last epoch, seed {config['seed']}\n{config['model']}, "
               f"{count_parameters(net):,} parameters, {config['epochs']} epochs in "
-              f"{sum(row['seconds'] for row in rows):.0f} s\nnext: python analyze.py --run {where}")
+              f"{sum(row['seconds'] for row in rows):.0f} s\n"
+              f"next: python analyze.py --run {folder.as_posix()}")
     if args.runs > 1:                                # a claim is a distribution
-        print(f"\n{data.name} test accuracy of the last epoch, {args.runs} seeds: "
-              f"{' '.join(f'{a:.2f}' for a in accuracies)}\n"
-              f"mean {statistics.mean(accuracies):.3f}%  standard deviation "
-              f"{statistics.stdev(accuracies):.3f}  minimum {min(accuracies):.2f}  "
-              f"maximum {max(accuracies):.2f}")
+        a = torch.tensor(accuracies, dtype=torch.float64)
+        print(f"\n{data.name} test accuracy of the last epoch, {args.runs} seeds: mean "
+              f"{a.mean():.3f}%  standard deviation {a.std():.3f}  minimum {a.min():.2f}  maximum "
+              f"{a.max():.2f}")
 
 
 if __name__ == "__main__":
