@@ -199,6 +199,7 @@ Data = namedtuple("Data", "name train val test mean std")
 
 def load(name="mnist", data_dir="data", device="cpu", val=0, limit=None) -> Data:
     """Load a data set, hold out the last `val` training images, keep the first `limit` of the rest.
+    The device "auto" is the fastest one here.
 
     Hyper-parameters are chosen on `val`, results are reported on `test`: a test set that helped to
     choose no longer tells how the network does on digits nobody looked at. Raises UserError.
@@ -207,8 +208,14 @@ def load(name="mnist", data_dir="data", device="cpu", val=0, limit=None) -> Data
         parts = *draw_digits(10_000, seed=1), *draw_digits(2_000, seed=2)
     else:
         parts = (load_mnist if name == "mnist" else load_torchvision)(name, Path(data_dir))
-    # To the device once, all of it: no batch has to travel there while the training waits.
-    images, labels, test_images, test_labels = (part.to(device) for part in parts)
+    if device == "auto":
+        device = ("cuda" if torch.cuda.is_available() else
+                  "mps" if torch.backends.mps.is_available() else "cpu")
+    try:
+        # To the device once, all of it: no batch has to travel there while the training waits.
+        images, labels, test_images, test_labels = (part.to(device) for part in parts)
+    except (RuntimeError, AssertionError) as error:  # no such device here, or not enough memory
+        raise UserError(f"--device {device} fails, --device cpu would not: {reason(error)}")
     labels, kept = labels.long(), len(images) - val  # int64: what cross-entropy indexes with
     if kept < (limit or 1):
         raise UserError(f"--val {val}, --limit {limit}: {name} has {len(images)} training images")

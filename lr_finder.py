@@ -26,16 +26,16 @@ import statistics
 from pathlib import Path
 from typing import Callable
 
-from data import (Data, Parser, UserError, augment, batches, normalize, run_command, save, to_csv,
-                  user_path)                         # before torch: see data.py
+from data import (Data, Parser, UserError, augment, batches, load, normalize, run_command, save,
+                  to_csv, user_path)                 # before torch: see data.py
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from analyze import chart
-from train import (DECAY, DEFAULT_LR, LR, load_for, make_config, make_network, make_optimizer,
-                   make_parser, number, train)
+from train import (DECAY, DEFAULT_LR, LR, make_config, make_network, make_optimizer, make_parser,
+                   number, train)
 
 # ---- The sweep --------------------------------------------------------------------------------
 
@@ -236,18 +236,17 @@ def random_cells(count: int, opt: str, seed: int) -> list[dict]:
 # ---- The command line -------------------------------------------------------------------------
 
 
-def report(args, config: dict, data: Data, out: Path) -> dict[str, float]:
+def report(args, config: dict, data: Data) -> dict[str, float]:
     """Make the sweep that the flags ask for, draw it, print its picks, return them."""
     rates, losses = sweep(config, data, start=args.start, factor=args.factor, steps=args.steps)
-    curve, picks = smooth(losses), pick_rates(rates, losses)
+    curve, picks, path = smooth(losses), pick_rates(rates, losses), args.out / "lr_range.png"
     title = f"{config['model']} on {data.name}, {config['opt']}, batches of {config['batch_size']}"
     # The curve leaves the picture where it explodes: or the descent would be a flat line below it.
     chart([{"title": title, "x": "learning rate", "y": "training loss", "log_x": True,
             "y_range": (0.95 * min(losses), 1.5 * curve[0]), "marks": picks,
             "lines": {"loss of each batch": (rates, losses), "smoothed": (rates, curve)}}],
-          out / "lr_range.png", columns=1)
-    print(f"{title}: loss {curve[0]:.2f} to {min(curve):.2f} in {len(rates)} steps, "
-          f"{out / 'lr_range.png'}")
+          path, columns=1)
+    print(f"{title}: loss {curve[0]:.2f} to {min(curve):.2f} in {len(rates)} steps, {path}")
     if not picks:
         raise UserError("the loss never fell by a twentieth in this sweep: try more --steps or a "
                         "larger --factor; python train.py --sanity checks the rest")
@@ -276,13 +275,13 @@ def main() -> None:
     cells = list(args.grid or random_cells(args.search or 0, config["opt"], config["seed"]))
     if cells and not config["val"]:                  # choices are made on held-out images
         config["val"] = 1000 if config["data"] == "synthetic" else 10_000
-    data, out = load_for(config), args.out
+    data = load(*(config[name] for name in ("data", "data_dir", "device", "val", "limit")))
     if cells:
         # The first name that is not taken: an earlier table is never written over, nor read.
-        names = (out / f"trials-{n}.csv" for n in itertools.count(1))
+        names = (args.out / f"trials-{n}.csv" for n in itertools.count(1))
         path = next(name for name in names if not name.exists())
         return compete(cells, bool(args.search), config, data, path)
-    picks = report(args, config, data, out)
+    picks = report(args, config, data)
     # A longer training would choose larger batches, and a rate belongs to its batches.
     words += [] if "--batch-size" in words else ["--batch-size", str(config["batch_size"])]
     print("next: python train.py", shlex.join(words),

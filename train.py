@@ -27,7 +27,7 @@ import time
 from pathlib import Path
 
 from data import (NAMES, PRESETS, Data, Parser, UserError, augment, batches, load, normalize,
-                  reason, run_command, save, to_csv, user_path)      # before torch: see data.py
+                  run_command, save, to_csv, user_path)      # before torch: see data.py
 
 import torch
 import torch.nn.functional as F
@@ -424,20 +424,6 @@ def make_config(args) -> dict:
     return config | {"options": options, "data_dir": str(args.data_dir), "val": val}
 
 
-def load_for(config: dict) -> Data:
-    """The data of a configuration, on its device, "auto" being the fastest. Raises UserError."""
-    device = config["device"]
-    if device == "auto":
-        device = ("cuda" if torch.cuda.is_available() else
-                  "mps" if torch.backends.mps.is_available() else "cpu")
-    try:
-        data = load(config["data"], config["data_dir"], device, config["val"], config["limit"])
-    except (RuntimeError, AssertionError) as error:  # no such device here, or not enough memory
-        raise UserError(f"--device {device} fails, --device cpu would not: {reason(error)}")
-    config |= {"mean": data.mean.flatten().tolist(), "std": data.std.flatten().tolist()}
-    return data
-
-
 def open_run(args) -> tuple[dict, dict | None]:
     """(config, state): of the flags and nothing, or of the run to resume and its checkpoint."""
     config = make_config(args)
@@ -455,7 +441,8 @@ def open_run(args) -> tuple[dict, dict | None]:
 def main() -> None:
     args = make_parser().parse_args()
     config, state = open_run(args)
-    data = load_for(config)
+    data = load(*(config[name] for name in ("data", "data_dir", "device", "val", "limit")))
+    config |= {"mean": data.mean.flatten().tolist(), "std": data.std.flatten().tolist()}
     print(f"{data.name}: {len(data.train[0]):,} training, {len(data.val[0]):,} held-out, "
           f"{len(data.test[0]):,} test images; network {config['model']!r} on {data.mean.device}; "
           f"{config['opt']}, {config['sched']}, lr {config['lr']:g}")
