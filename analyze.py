@@ -109,19 +109,17 @@ def report_run(folder: Path, net: nn.Module, config: dict, data, out: Path) -> N
     # Recall divides by the row: of the real 4s, how many were called 4? Precision divides by the
     # column: of all called 4, how many are 4s? A network that calls everything 4 has a recall of
     # 100% there and a precision of 10%: either alone is easy to have.
+    recall, precision = (100 * confusion.diag() / confusion.sum(dim).clamp(min=1) for dim in (1, 0))
     for digit, row in enumerate(confusion.tolist()):
-        print(f"{digit:<12}", *(f"{n or '.':>6}" for n in row), sep="", end="  ")
-        print(f"{row[digit] / max(1, sum(row)):7.2%}")
-    precision = 100 * confusion.diag() / confusion.sum(0).clamp(min=1)
-    print(f"precision, %{''.join(f'{p:6.1f}' for p in precision)}\n\nmost confused")
+        print(f"{digit:<12}", *(f"{n or '.':>6}" for n in row), f"{recall[digit]:8.2f}%", sep="")
+    print("precision, %", *(f"{p:6.1f}" for p in precision), "\n\nmost confused", sep="")
     pairs = (errors + errors.T).triu().flatten()         # 4 called 9 and 9 called 4: one confusion
     for a, b in (divmod(cell, 10) for cell in pairs.topk(5).indices.tolist()):
         print(f"{a} and {b}: {errors[a, b]} {a}s called {b}, {errors[b, a]} {b}s called {a}")
-
     ranked = suspects(logits[None], labels)
     draw_ranked(ranked, images, out / "failures.png")
-    # The colour is log(1 + count): on a linear scale a cell of 30 leaves all that are 1 as dark as
-    # 0; the 1 is for log(0). The diagonal, a hundred times as large, stays out of it.
+    # Without the diagonal, and the colour is log(1 + count): or one cell of 30 would leave all that
+    # are 1 as dark as 0.
     gallery([heat(errors.float().log1p())], ["Rows: label, from 0 at the top. Columns: answer"],
             out / "confusion.png", 1, 40)
     torch.manual_seed(0)                                 # the same picture each time
@@ -132,19 +130,16 @@ def report_run(folder: Path, net: nn.Module, config: dict, data, out: Path) -> N
 
 
 def report_suspects(runs: list, data, out: Path) -> None:
-    """Print the 20 least believed test labels of one run or several, and draw more of them.
-
-    This ranks suspicions, it proves nothing: runs of one recipe share their blind spots, and an odd
-    digit with a right label looks the same from here. Of MNIST's 10,000 test labels people found 15
-    wrong (Northcutt et al., 2021): with four runs, all 15 were among the first 100 here.
-    """
+    """Print the 20 least believed test labels of one run or several, and draw more of them. This
+    proves nothing: runs of one recipe share their blind spots, and an odd digit with a right label
+    looks the same from here. Of MNIST's 10,000 test labels people found 15 wrong (Northcutt et al.,
+    2021): with four runs, all 15 were among the first 100 here."""
     if any(config["data"] != data.name for _, config in runs):
         raise UserError("--runs: these were trained on different data")
     logits = [evaluate(net, *data.test, *mean_std_of(config))["logits"] for net, config in runs]
     ranked = suspects(torch.stack(logits), data.test[1])
-    print("index  label  other  confidence  margin")
     for row in ranked[:20]:
-        print("{:5}  {:5}  {:5}  {:10.4f}  {:+.3f}".format(*row))
+        print("#{:<5} label {}, or {}?  confidence {:.4f}, margin {:+.3f}".format(*row))
     draw_ranked(ranked, data.test[0], out / "suspects.png")
 
 
@@ -175,8 +170,8 @@ def prepare(picture: Tensor) -> Tensor:
     and put its centre of mass in the middle of 28×28 (LeCun et al., 1998). A network that has seen
     nothing else is lost on anything else.
     """
-    # Ink is the minority: in each channel the median is the paper's. What is far from that colour
-    # is ink, chalk on a board or yellow on white, too.
+    # Ink is the minority, so in each channel the median is the paper's. Far from it is ink of any
+    # colour, chalk on a board or yellow on white.
     paper = picture.flatten(1).median(1).values[:, None, None]
     far = (picture - paper).abs().amax(0)                                               # H×W
     # How far ink is, the middle half shows: a black frame or a desk at a side may be farther. Less
@@ -215,7 +210,6 @@ def report_image(path: Path, net: nn.Module, config: dict, out: Path) -> None:
 
 
 # ---- Pictures ---------------------------------------------------------------------------------
-# Pillow's own font has no arrow and no multiplication sign: captions do without them.
 
 INK, GREY, PALE, font = "#222222", "#6b6b6b", "#e3e3e3", ImageFont.load_default
 LINES = ("#1f6fb4", "#d9622b", "#2e8b57", "#8e44ad", "#b8860b", "#008b8b", "#c2185b", "#555555")
@@ -291,7 +285,7 @@ def draw_panel(panel: dict, width: int, height=420) -> Image.Image:
     image = Image.new("RGB", (2 * width, 2 * height), "white")
     draw = ImageDraw.Draw(image)
     names = max((draw.textlength(name, text) for name in lines), default=0)
-    left, top, w, h = 132, 20, 2 * width - 172 - names, 2 * height - 90
+    left, top, w, h = 132, 20, 2 * width - 172 - names, 2 * height - 90        # of the axes' frame
     for x, label in x_ticks:
         draw.line((left + w * x, top, left + w * x, top + h), PALE, 2)
         draw.text((left + w * x, top + h + 16), label, GREY, text, anchor="ma")
@@ -330,13 +324,13 @@ def heat(values: Tensor, limit=None) -> Image.Image:
     """H×W numbers as a picture, one pixel each, dark to bright from the smallest to the largest, or
     from -limit to limit."""
     low, high = (values.min(), values.max()) if limit is None else (-limit, limit)
-    grey = (values.detach() - low) / (high - low).clamp(min=1e-12) * 255
+    grey = (values.detach() - low) / max(high - low, 1e-12) * 255
     return ImageOps.colorize(tile(grey[None]).convert("L"), "#08051d", "#ffee2a", mid="#bc3754")
 
 
 def gallery(tiles: list, captions: list[str], path, columns=8, zoom=4, title="") -> None:
-    """Tiles in rows, all enlarged to `zoom` times the largest one's size; below each its caption,
-    of one line or more, hardly wider than the tile."""
+    """Tiles (one or more) in rows, all enlarged to `zoom` times the largest one's size; below each
+    its caption, of one line or more, hardly wider than the tile."""
     wide, tall = (zoom * max(picture.size[i] for picture in tiles) for i in (0, 1))
     across, down = wide + 16, tall + 35 + 19 * max(text.count("\n") for text in captions)
     top, rows = 20 + 24 * len(title.splitlines()), math.ceil(len(tiles) / columns)
@@ -356,21 +350,18 @@ def gallery(tiles: list, captions: list[str], path, columns=8, zoom=4, title="")
 
 def read_pt(path) -> dict:
     """What train.py saved in a .pt file, "config" and more; the only place that loads one. Raises
-    UserError for whatever is wrong with it: missing, damaged, foreign, not finite.
-
-    weights_only: a pickle can name any function for its reader to call, so to load a stranger's
-    file would run a stranger's code; this way it may hold tensors, numbers and text only.
-    """
+    UserError for whatever is wrong with it: missing, damaged, foreign, not finite."""
     try:
-        content = Path(path).read_bytes()
         # A .pt file is a ZIP, which keeps a checksum of each of its parts. torch does not look at
         # them: with one bit flipped it loads other weights, and nobody notices.
-        parts = zipfile.ZipFile(io.BytesIO(content))
-        state = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+        intact = zipfile.ZipFile(path).testzip() is None
+        # weights_only: a pickle can name any function for its reader to call, so to load a
+        # stranger's file would run a stranger's code. Now it may hold tensors, numbers, text only.
+        state = torch.load(path, map_location="cpu", weights_only=True)
         nets = [state[name] for name in ("weights", "net", "average") if name in state]
         finite = all(x.isfinite().all() for net in nets for x in net.values())
-        if parts.testzip() or not state["config"] or not finite:     # not: the training diverged
-            raise ValueError
+        if not (intact and finite and state["config"]):
+            raise ValueError                 # not finite: the training had diverged
     except Exception as error:   # whatever a missing, damaged or foreign file can do to these
         raise UserError(f"{path} is missing, damaged, not finite or not made by this train.py "
                         f"({type(error).__name__}): python train.py trains a new run")
@@ -379,8 +370,8 @@ def read_pt(path) -> dict:
 
 def find_run(run=None) -> Path:
     """The given run folder, or the last one under runs/, where train.py numbers them."""
-    found = sorted(Path("runs").glob("*/weights.pt"))
-    return Path(run or (found[-1].parent if found else "runs/001"))  # read_pt will miss 001
+    found = [path.parent for path in sorted(Path("runs").glob("*/weights.pt"))]
+    return Path(run or [Path("runs/001"), *found][-1])   # read_pt will say that 001 is missing
 
 
 def load_run(folder) -> tuple[nn.Module, dict]:
