@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 from model import INPUT_SHAPES, build, count_parameters
 
-# ---- The evaluation loop ----------------------------------------------------------------------
+# ---- The evaluation loop, and what its numbers say --------------------------------------------
 
 
 @torch.no_grad()                             # no gradient is wanted: keep no layer's output for one
@@ -48,16 +48,12 @@ def evaluate(net: nn.Module, images: Tensor, labels: Tensor, mean, std, batch_si
             "accuracy": (logits.argmax(1) == labels).double().mean().item()}
 
 
-# ---- What the numbers say ---------------------------------------------------------------------
-
-
 def wilson(correct: int, total: int, z=1.96) -> tuple[float, float]:
     """The 95% interval of an accuracy (Wilson, 1927): all true accuracies for which the observed
     one, p, would be within 1.96 standard deviations, that is, no surprise.
 
-    The textbook's p ± 1.96·sqrt(p(1−p)/n) takes the standard deviation at p itself. Near 100% that
-    goes wrong: for 10 right of 10 it is 0, and the interval is the point 100%, as if ten images
-    could prove perfection. Wilson takes it at each candidate: 10 of 10 means 72% to 100%.
+    The textbook's p ± 1.96·sqrt(p(1−p)/n) takes the standard deviation at p itself: for 10 right of
+    10 it is 0, as if ten images could prove perfection. Wilson's says 72% to 100%.
     """
     p, z2 = correct / total, z * z / total
     centre = (p + z2 / 2) / (1 + z2)         # p, pulled towards 1/2 as if by z² ≈ 4 more images
@@ -92,91 +88,66 @@ def suspects(logits: Tensor, labels: Tensor) -> list[tuple[int, int, int, float,
     return sorted(zip(*(column.tolist() for column in columns)), key=lambda row: row[-1])
 
 
-@torch.no_grad()
-def evidence_maps(net: nn.Module, x: Tensor) -> Tensor | None:
-    """N×10×H×W: for each class a map of evidence, whose sum is the class's logit: what each place
-    adds to it. None for networks that do not end in a head "conv" or "place"."""
-    *body, head = net.children()
-    if not isinstance(head, nn.Sequential) or not isinstance(head[0], nn.Conv2d):
-        return None
-    maps = nn.Sequential(*body, *head[:-2])(x)           # all but the average and its flattening
-    maps = maps / maps[0, 0].numel()
-    # There is no bias after the maps, so their sums should be the logits: checked, not believed.
-    return maps if torch.allclose(maps.sum((2, 3)), net(x), 1e-3, 1e-3) else None
-
-
 def report_run(folder: Path, net: nn.Module, config: dict, data, out: Path) -> None:
-    """Print the report of one run and draw all its pictures."""
+    """Print the report of one run and draw its pictures."""
     images, labels = data.test
     result = evaluate(net, images, labels, *mean_std_of(config))
     logits = result["logits"]
     # A row for each label, a column for each answer. label·10 + answer numbers the 100 cells row by
     # row, so counting how often each number occurs fills the whole table.
     confusion = torch.bincount(labels * 10 + logits.argmax(1), minlength=100).view(10, 10)
+    errors = confusion - confusion.diag().diag()
     low, high = wilson(confusion.trace().item(), len(labels))
     sure, ece = calibration(logits, labels)
     second = (logits.topk(2).indices[:, 1] == labels).sum()
-    ranked = suspects(logits[None], labels)
-    wrong = [row for row in ranked if row[-1] < 0]       # of one run: a negative margin is an error
     print(f"{folder}: {config['model']}, {count_parameters(net):,} parameters\n"
           f"{data.name} test set: accuracy {result['accuracy']:.2%} (95% interval {low:.2%} to "
-          f"{high:.2%}), {len(wrong)} errors in {len(labels)}, loss {result['loss']:.4f}\n"
+          f"{high:.2%}), {errors.sum()} errors in {len(labels)}, loss {result['loss']:.4f}\n"
           f"second guess: right in {second} of the errors\ncalibration: {sure:.2%} sure on average"
           f", expected calibration error {ece:.4f}\n\n"
           f"label called{''.join(f'{digit:6}' for digit in range(10))}   recall")
     # Recall divides by the row: of the real 4s, how many were called 4? Precision divides by the
     # column: of all called 4, how many are 4s? A network that calls everything 4 has a recall of
     # 100% there and a precision of 10%: either alone is easy to have.
+    recall, precision = (100 * confusion.diag() / confusion.sum(dim).clamp(min=1) for dim in (1, 0))
     for digit, row in enumerate(confusion.tolist()):
-        cells = "".join(f"{n or '.':>6}" for n in row)
-        print(f"{digit:<12}{cells}  {row[digit] / max(1, sum(row)):7.2%}")
-    precision = 100 * confusion.diag() / confusion.sum(0).clamp(min=1)
-    print(f"precision, %{''.join(f'{p:6.1f}' for p in precision)}\n\nmost confused")
-    pairs = (confusion + confusion.T).triu(1).flatten()  # 4 called 9 and 9 called 4: one confusion
+        print(f"{digit:<12}", *(f"{n or '.':>6}" for n in row), f"{recall[digit]:8.2f}%", sep="")
+    print("precision, %", *(f"{p:6.1f}" for p in precision), "\n\nmost confused", sep="")
+    pairs = (errors + errors.T).triu().flatten()         # 4 called 9 and 9 called 4: one confusion
     for a, b in (divmod(cell, 10) for cell in pairs.topk(5).indices.tolist()):
-        print(f"{a} and {b}: {confusion[a, b]} {a}s called {b}, {confusion[b, a]} {b}s called {a}")
-
-    draw_ranked(wrong[:48], images, out / "failures.png", 8, f"{len(wrong)} errors, worst first")
-    # The colour is log(1 + count): on a linear scale a cell of 30 leaves all that are 1 as dark as
-    # 0; the 1 is for log(0). The diagonal, a hundred times as large, stays out of it.
-    colours = heat((confusion - confusion.diag().diag()).float().log1p().view(1, 100))
-    texts = [f"{i // 10} as {i % 10}: {n}" if n else "" for i, n in enumerate(confusion.flatten())]
-    gallery([colours.crop((i, 0, i + 1, 1)) for i in range(100)], texts, out / "confusion.png", 10,
-            72, "Confusion: a row for each label, a column for each answer")
-    digits = torch.stack([data.train[0][data.train[1] == digit][0] for digit in range(10)])
+        print(f"{a} and {b}: {errors[a, b]} {a}s called {b}, {errors[b, a]} {b}s called {a}")
+    ranked = suspects(logits[None], labels)
+    draw_ranked(ranked, images, out / "failures.png")
+    # Without the diagonal, and the colour is log(1 + count): or one cell of 30 would leave all that
+    # are 1 as dark as 0.
+    gallery([heat(errors.float().log1p())], ["Rows: label, from 0 at the top. Columns: answer"],
+            out / "confusion.png", 1, 40)
     torch.manual_seed(0)                                 # the same picture each time
-    gallery([tile(255 * x) for name in PRESETS for x in augment(digits, name)],
-            [text for name in PRESETS for text in [name] + 9 * [""]], out / "augmented.png", 10, 2,
-            f"What each preset makes of ten digits. This run trained with {config['augment']!r}")
-    shown = sorted(row[0] for row in ranked if row[-1] > 0)[:4] + [row[0] for row in wrong[:4]]
+    tiles = [tile(255 * torch.cat([*augment(data.train[0][:10], name)], 2)) for name in PRESETS]
+    gallery(tiles, list(PRESETS), out / "augmented.png", 1, 2)       # a tile: ten images, one row
+    shown = [0, 1, 2, 3] + [row[0] for row in ranked[:4]]            # ordinary ones, and the worst
     draw_evidence(net, config, images[shown], out / "features.png")
-    if (folder / "checkpoint.pt").is_file():
-        curves(read_pt(folder / "checkpoint.pt")["rows"], out / "curves.png")
 
 
 def report_suspects(runs: list, data, out: Path) -> None:
-    """Print and draw the 20 least believed test labels of one run or several.
-
-    This ranks suspicions, it proves nothing: runs of one recipe share their blind spots, and an odd
-    digit with a right label looks the same from here. Of MNIST's 10,000 test labels people found 15
-    wrong (Northcutt et al., 2021): with four runs, all 15 were among the first 100 here.
-    """
+    """Print the 20 least believed test labels of one run or several, and draw more of them. This
+    proves nothing: runs of one recipe share their blind spots, and an odd digit with a right label
+    looks the same from here. Of MNIST's 10,000 test labels people found 15 wrong (Northcutt et al.,
+    2021): with four runs, all 15 were among the first 100 here."""
     if any(config["data"] != data.name for _, config in runs):
         raise UserError("--runs: these were trained on different data")
     logits = [evaluate(net, *data.test, *mean_std_of(config))["logits"] for net, config in runs]
     ranked = suspects(torch.stack(logits), data.test[1])
-    print(f"{data.name}: {sum(row[-1] < 0 for row in ranked)} of {len(ranked)} labels have a margin"
-          " below 0. That proves nothing: look.\nindex  label  other  confidence  margin")
     for row in ranked[:20]:
-        print("{:5}  {:5}  {:5}  {:10.4f}  {:+.3f}".format(*row))
-    draw_ranked(ranked[:20], data.test[0], out / "suspects.png", 5, "The least believed labels")
+        print("#{:<5} label {}, or {}?  confidence {:.4f}, margin {:+.3f}".format(*row))
+    draw_ranked(ranked, data.test[0], out / "suspects.png")
 
 
 # ---- Your own digit ---------------------------------------------------------------------------
 
 
 def open_picture(path) -> Tensor:
-    """A picture as numbers from 0 to 1, C×H×W, upright, at most 256 pixels wide and high: one
+    """A picture as numbers from 0 to 1, C×H×W, upright, at most 128 pixels wide and high: one
     channel where pixels have 16 or 32 bits, else red, green, blue, opacity. Raises UserError."""
     try:
         picture = ImageOps.exif_transpose(Image.open(path))          # cameras note their turn
@@ -184,75 +155,81 @@ def open_picture(path) -> Tensor:
         # transparent paper is one colour, from which ink of any colour differs in its opacity.
         deep = picture.mode[0] in "IF"
         picture = picture.convert("F") if deep else picture.convert("RGBA").convert("RGBa")
-        picture.thumbnail((256, 256))
-        x = torch.tensor(np.asarray(picture, np.float32)).nan_to_num(0, 0, 0)
+        picture.thumbnail((128, 128))        # a mean of many pixels: little is left of their noise
+        x = torch.tensor(np.atleast_3d(picture).astype(np.float32))                     # H×W×C
     except Exception as error:               # each format is damaged in its own way
         raise UserError(f"--image {path} cannot be read as a picture ({reason(error)})")
-    return (x / x.abs().max().clamp(min=1e-9)).view(*x.shape[:2], -1).permute(2, 0, 1)
+    return x.movedim(2, 0) / x.abs().max().clamp(min=1e-9)
 
 
-def prepare(picture: Tensor) -> tuple[Tensor, str]:
-    """A picture C×H×W of one digit as MNIST would hold it, uint8 1×1×28×28, light on black; and in
-    words how the ink lies in it. Raises UserError for a blank picture.
+def prepare(picture: Tensor) -> Tensor:
+    """A picture C×H×W of one digit as MNIST would hold it, uint8 1×1×28×28, light on black. Raises
+    UserError for a blank picture.
 
-    MNIST's makers scaled each digit to fit 20×20 pixels and put its centre of mass in the middle
-    of 28×28 (LeCun et al., 1998); a network that has seen nothing else is lost on anything else.
+    MNIST's makers scaled each black-and-white digit to fit 20×20 pixels, which made its edges grey,
+    and put its centre of mass in the middle of 28×28 (LeCun et al., 1998). A network that has seen
+    nothing else is lost on anything else.
     """
-    # Ink is the minority: in each channel the median is the paper's. What is far from that colour
-    # is ink, chalk on a board or yellow on white, too; up to 15% is noise and shadow.
+    # Ink is the minority, so in each channel the median is the paper's. Far from it is ink of any
+    # colour, chalk on a board or yellow on white.
     paper = picture.flatten(1).median(1).values[:, None, None]
-    far = F.threshold((picture - paper).abs().amax(0), 0.15, 0.0)                       # H×W
-    # How dark ink is, the middle half shows: a black frame or a desk at a side may be darker.
+    far = (picture - paper).abs().amax(0)                                               # H×W
+    # How far ink is, the middle half shows: a black frame or a desk at a side may be farther. Less
+    # than 40% of it is shadow, less than 0.15 is noise.
     h, w = far.shape
-    mask = far > 0.4 * (far[h // 4:h - h // 4, w // 4:w - w // 4].max() or far.max())
-    # Connected pieces: each pixel begins with a number of its own and takes over the largest one
-    # within two pixels, again and again, until a piece has one number. Small ones are dust.
-    number, before = torch.arange(1.0, h * w + 1).view(1, h, w) * mask, mask
-    while not torch.equal(number, before):
-        before, number = number, F.max_pool2d(number, 5, 1, 2) * mask
-    number = number[0].long()
-    number = number * (number.flatten().bincount()[number] >= h * w / 3000)
-    # Frame and desk touch the border: what touches it is no ink, if there is anything else.
-    border = torch.cat([number[0], number[-1], number[:, 0], number[:, -1]])
-    inner = number * ~torch.isin(number, border)
-    kept = inner if inner.any() else number
-    if not kept.any():
+    farthest = far[h // 4:h - h // 4, w // 4:w - w // 4].max().item()
+    ink = (far > max(0.4 * farthest, 0.15)).float()[None]                               # 1×H×W
+    ink *= F.avg_pool2d(ink, 9, 1, 4) > 0.055            # a stroke has neighbours, dust has none
+    # Frame and desk touch the border: from there, spread to all ink within two pixels, again and
+    # again. What is reached is no digit, unless there is nothing else.
+    outside = ink.clone()
+    outside[:, 1:-1, 1:-1] = 0
+    for _ in range(h + w):
+        outside = F.max_pool2d(outside, 5, 1, 2) * ink
+    ink = (ink if outside.equal(ink) else ink - outside)[0]
+    if not ink.any():
         raise UserError("--image: the picture is blank, nothing in it stands out from the paper")
-    ink = far / far[kept > 0].max() * F.max_pool2d((kept[None] > 0).float(), 5, 1, 2)[0]
-    ink = ((ink - 0.3) / 0.5).clamp(0, 1)                # paper has shadows, ink is uneven
     ink = ink[ink.amax(1) > 0][:, ink.amax(0) > 0]       # rows and columns without it go
-    seen = ("fills the picture: is it a digit?" if ink.shape == far.shape else "is in one piece" if
-            len(kept[kept > 0].unique()) == 1 else "is in several pieces: is it one digit?")
-    size = [max(1, round(20 * side / max(ink.shape))) for side in ink.shape]
-    ink = F.interpolate(ink[None, None], size, mode="bilinear", antialias=True)[0, 0]
-    top, left = (round(14 - (ink.sum(1 - d) @ torch.arange(n).float() / ink.sum()).item())
-                 for d, n in enumerate(size))            # centre of mass; F.pad cuts what is < 0
-    ink = F.pad(ink / ink.max(), (left, 28 - size[1] - left, top, 28 - size[0] - top))
-    # A pen thinner than MNIST's has become pale: half as bright again.
-    return (255 * 1.5 * ink).clamp(max=255).byte()[None, None], seen
+    h, w = (max(1, round(20 * side / max(ink.shape))) for side in ink.shape)
+    ink = F.interpolate(ink[None, None], (h, w), mode="bilinear", antialias=True)[0, 0]
+    top = round(14 - np.average(range(h), weights=ink.sum(1)))       # the centre of mass goes to 14
+    left = round(14 - np.average(range(w), weights=ink.sum(0)))
+    return (255 * F.pad(ink, (left, 28 - w - left, top, 28 - h - top))).byte()[None, None]
 
 
 def report_image(path: Path, net: nn.Module, config: dict, out: Path) -> None:
-    """Print the prepared picture and the ten probabilities, and draw the evidence maps."""
+    """Print what the network is shown and the ten probabilities, and draw the evidence maps."""
     if INPUT_SHAPES[config["model"]] != (1, 28, 28):
         raise UserError(f"--image: the network {config['model']!r} reads no 28x28 grey images")
-    image, seen = prepare(open_picture(path))
+    image = prepare(open_picture(path))
     for row in image[0, 0].tolist():                     # characters that every encoding has
         print("".join(2 * " .:+#"[math.ceil(value / 64)] for value in row).rstrip())
     for digit, p in enumerate(net(normalize(image, *mean_std_of(config)))[0].softmax(0).tolist()):
-        print(f"{digit}  {p:7.2%}  {'#' * round(50 * p)}".rstrip())
-    print(f"the ink {seen}")
+        print(f"{digit}  {p:7.2%}")
     draw_evidence(net, config, image, out / "image.png")
 
 
-# ---- The pictures of one run ------------------------------------------------------------------
+# ---- Pictures ---------------------------------------------------------------------------------
+
+INK, GREY, PALE, font = "#222222", "#6b6b6b", "#e3e3e3", ImageFont.load_default
+LINES = ("#1f6fb4", "#d9622b", "#2e8b57", "#8e44ad", "#b8860b", "#008b8b", "#c2185b", "#555555")
 
 
-def draw_ranked(rows: list, images: Tensor, path, columns: int, title: str) -> None:
-    """A gallery of what `suspects` found."""
-    gallery([tile(images[row[0]]) for row in rows],
-            ["#{0}  {4:+.2f}\nlabel {1}, said {2}".format(*row) for row in rows], path, columns,
-            title=f"{title}\n#index, margin (-1: certainly not the label)")
+def draw_ranked(ranked: list, images: Tensor, path) -> None:
+    """A gallery of the 48 images whose labels `suspects` ranks as the least believed."""
+    gallery([tile(images[row[0]]) for row in ranked[:48]],
+            ["#{0}  {4:+.2f}\nlabel {1}, or {2}?".format(*row) for row in ranked[:48]], path, title=
+            "The least believed labels: #index, margin (below 0: an error, -1: a sure one)")
+
+
+@torch.no_grad()
+def evidence_maps(net: nn.Module, x: Tensor) -> Tensor | None:
+    """N×10×H×W: for each class a map of evidence, whose sum is the class's logit: what each place
+    adds to it. None for networks that do not end in a head "conv" or "place"."""
+    *body, head = net.children()
+    if isinstance(head, nn.Sequential) and isinstance(head[0], nn.Conv2d):
+        maps = nn.Sequential(*body, *head[:-2])(x)       # all but the average and its flattening
+        return maps / maps[0, 0].numel()
 
 
 def draw_evidence(net: nn.Module, config: dict, images: Tensor, path) -> None:
@@ -263,99 +240,79 @@ def draw_evidence(net: nn.Module, config: dict, images: Tensor, path) -> None:
     tiles, texts = [], []
     for image, ten in zip(images, maps):
         tiles += [tile(image), *(heat(x, ten.abs().max()) for x in ten)]
-        sums = ten.sum((1, 2)).tolist()
-        texts += [f"said {np.argmax(sums)}", *(f"{i}:  {x:+.1f}" for i, x in enumerate(sums))]
+        texts += ["", *(f"{digit}:  {x.sum():+.1f}" for digit, x in enumerate(ten))]
     gallery(tiles, texts, path, 11, 3, "Where it sees evidence for each digit (bright) or against "
             "it (dark)\nThe number is the sum of the map: the digit's logit")
 
 
 def curves(rows: list[dict], path) -> None:
     """The notes' 2×2 figure, from a log's rows: loss and accuracy in percent, train and test."""
+    epochs = [row["epoch"] for row in rows]
     chart([{"title": f"{title} {kind}", "x": "epoch", "y": unit, "lines": {
-                name: ([row["epoch"] for row in rows], [row[f"{name}_{kind}"] for row in rows])
-                for name in names if rows and f"{name}_{kind}" in rows[0]}}
+                name: (epochs, [row[f"{name}_{kind}"] for row in rows])
+                for name in names if f"{name}_{kind}" in rows[0]}}
            for kind, unit in (("loss", "mean"), ("accuracy", "percent"))
            for title, *names in (("Augmented training", "train"), ("Test", "test", "val"))], path)
 
 
-# ---- Drawing: a line chart, a heat map, a gallery ---------------------------------------------
-# Pillow's own font has no arrow and no multiplication sign: captions do without them.
-
-INK, GREY, PALE, font = "#222222", "#6b6b6b", "#e3e3e3", ImageFont.load_default
-LINES = ("#1f6fb4", "#d9622b", "#2e8b57", "#8e44ad", "#b8860b", "#008b8b", "#c2185b", "#555555")
-
-
 def axis(values, log=False):
-    """(place, ticks) of an axis for these values: place(value) is 0 at its low end, 1 at its high
-    end, NaN for what has no place on it; ticks are (place, label), round numbers."""
-    def scaled(value):                                   # on a log axis a place is an exponent
-        there = abs(value) < 1e100 and (value > 1e-100 or not log)        # false for NaN as well
-        return math.nan if not there else math.log10(value) if log else value
-
-    def place(value):                                    # clamped: Pillow's coordinates are int32
-        return min(max((scaled(value) - low) / (high - low), -9), 9)
-
-    known = [x for x in map(scaled, values) if x == x] or [0, 1]         # x == x is false for NaN
-    air = 0.03 * (max(known) - min(known)) or 0.1 * abs(known[0]) or 1
-    low, high = min(known) - air, max(known) + air
-    finest = max((high - low) / 8, bool(log))            # up to eight ticks; on a log axis, decades
-    step = 10 ** math.floor(math.log10(finest))
-    step *= next(digit for digit in (1, 2, 5, 10) if digit * step >= finest)
-    digits = (1, 2, 5) if log and high - low < 3 else (1,)               # few decades: more ticks
-    ticks = [i * step + math.log10(digit) for digit in digits
-             for i in range(math.floor(low / step), math.ceil(high / step))]
-    return place, [((x - low) / (high - low), f"{10 ** x if log else x:.6g}")
-                   for x in ticks if low <= x <= high]
+    """(places, ticks) of an axis on which all these values lie. places(values) go from 0, its low
+    end, to 1, its high end, NaN for what is not on it; ticks are (place, label)."""
+    def scaled(values) -> Tensor:
+        x = torch.tensor(values, dtype=torch.float64)
+        return x.log10() if log else x                   # 0 becomes -inf, what is below it NaN
+    def places(values) -> list[float]:
+        x = (scaled(values) - low) / span
+        return x.where((x >= 0) & (x <= 1), math.nan).tolist()
+    known = [x for x in scaled(values).tolist() if abs(x) < 1e100] or [0]      # no NaN, no infinity
+    low, span = min(known), max(known) - min(known) or 1
+    # The first of ... 0.1, 0.2, 0.5, 1, 2, 5 ... that makes at most seven steps. On a log axis it
+    # counts decades: by halves of them, ticks are 1, 3.2, 10.
+    steps = (digit * 10.0 ** power for power in range(-20, 101) for digit in (1, 2, 5))
+    step = next(step for step in steps if span <= 7 * step)
+    ticks = [i * step for i in range(math.ceil(low / step), math.floor((low + span) / step) + 1)]
+    return places, [((x - low) / span, f"{10 ** x:.2g}" if log else f"{x:.6g}") for x in ticks]
 
 
-def draw_panel(panel: dict, width: int, height: int) -> Image.Image:
-    """One panel of a chart: title, the y axis's name and those of the lines, frame, x axis."""
-    marks, log_y, text = panel.get("marks", {}), panel.get("log_y"), font(30)
+def draw_panel(panel: dict, width: int, height=420) -> Image.Image:
+    """The axes and lines of one panel of a chart, the lines' names at the right."""
+    marks, text = panel.get("marks", {}), font(30)
     xs, ys = ([v for line in panel["lines"].values() for v in line[i]] for i in (0, 1))
     x_of, x_ticks = axis([*xs, *marks.values()], panel.get("log_x"))
-    y_of, y_ticks = axis(panel.get("y_range", ys), log_y)
-    ends = 1e-99 if log_y else -1e99, 1e99               # a mark is a line, from far below to above
-    lines = panel["lines"] | {name: ((x, x), ends) for name, x in marks.items()}
+    y_of, y_ticks = axis(panel.get("y_range", ys), panel.get("log_y"))
+    lines = {name: (x_of(xs), y_of(ys)) for name, (xs, ys) in panel["lines"].items()}
+    lines |= {name: (x_of([x, x]), (0, 1)) for name, x in marks.items()}      # bottom to top
     image = Image.new("RGB", (2 * width, 2 * height), "white")
-    draw, left, x, y, w = ImageDraw.Draw(image), 152, 152, 84, 2 * width - 200
-    draw.text((left, 28), panel["title"], INK, font(38))
-    for name, colour in [(panel["y"], GREY), *zip(lines, LINES * len(lines))]:
-        if x + draw.textlength(name, text) > left + w:   # a further row of names
-            x, y = left, y + 40
-        draw.text((x, y), name, colour, text)
-        x += draw.textlength(name, text) + 40
-    top, h = y + 44, 2 * height - 148 - y
-    frame = Image.new("RGB", (w, h), "white")            # cuts off what leaves it
-    inside = ImageDraw.Draw(frame)
-    for place, label in x_ticks:
-        inside.line((w * place, 0, w * place, h), PALE, 2)
-        draw.text((left + w * place, top + h + 16), label, GREY, text, anchor="ma")
-    for place, label in y_ticks:
-        inside.line((0, h - h * place, w, h - h * place), PALE, 2)
-        draw.text((left - 16, top + h - h * place), label, GREY, text, anchor="rm")
-    for (xs, ys), colour in zip(lines.values(), LINES * len(lines)):
-        points = [(w * x_of(x), h - h * y_of(y)) for x, y in zip(xs, ys)]
+    draw = ImageDraw.Draw(image)
+    names = max((draw.textlength(name, text) for name in lines), default=0)
+    left, top, w, h = 132, 20, 2 * width - 172 - names, 2 * height - 90        # of the axes' frame
+    for x, label in x_ticks:
+        draw.line((left + w * x, top, left + w * x, top + h), PALE, 2)
+        draw.text((left + w * x, top + h + 16), label, GREY, text, anchor="ma")
+    for y, label in y_ticks:
+        draw.line((left, top + h - h * y, left + w, top + h - h * y), PALE, 2)
+        draw.text((left - 16, top + h - h * y), label, GREY, text, anchor="rm")
+    for i, (name, line) in enumerate(lines.items()):
+        colour = LINES[i % len(LINES)]
+        draw.text((left + w + 24, top + 44 * i), name, colour, text)
+        points = [(left + w * x, top + h - h * y) for x, y in zip(*line)]         # y points down
         for here, there in zip(points, points[1:] + points[-1:]):
             if not math.isnan(sum(here + there)):        # NaN leaves a gap
-                inside.line(here + there, colour, 4)
-                inside.circle(here, 5 if len(points) <= 30 else 2, colour)
-    image.paste(frame, (left, top))
-    draw.rectangle((left, top, left + w, top + h), outline=GREY, width=2)
-    draw.text((left + w / 2, top + h + 60), panel["x"], GREY, text, anchor="ma")
+                draw.line(here + there, colour, 4)
+                draw.circle(here, 4, colour)             # a single point is seen, too
     return image.reduce(2)                               # drawn twice as large: halving smooths it
 
 
 def chart(panels: list[dict], path, columns=2) -> None:
-    """Draw line charts into one PNG, 600×450 pixels a panel (900×560 in a single column):
+    """Draw line charts into one PNG, panels 600 pixels wide (900 in a single column):
 
-        {"title": "Loss", "x": "epoch", "y": "mean loss", "lines": {"train": (xs, ys), ...}}
+        {"title": "Loss", "x": "epoch", "y": "mean", "lines": {"train": (xs, ys), ...}}
 
     A panel may also have "log_x": True, "log_y": True, "y_range": (low, high), and for vertical
-    lines "marks": {name: x}. NaN and infinite values leave a gap.
+    lines "marks": {name: x}. NaN, infinite values and those out of range leave a gap.
     """
-    columns = min(columns, len(panels))
-    size = (600, 450) if columns > 1 else (900, 560)
-    gallery([draw_panel(panel, *size) for panel in panels], [""] * len(panels), path, columns, 1)
+    gallery([draw_panel(panel, 900 if columns == 1 else 600) for panel in panels],
+            ["{title}: {y} by {x}".format(**panel) for panel in panels], path, columns, 1)
 
 
 def tile(image: Tensor) -> Image.Image:
@@ -366,51 +323,45 @@ def tile(image: Tensor) -> Image.Image:
 def heat(values: Tensor, limit=None) -> Image.Image:
     """H×W numbers as a picture, one pixel each, dark to bright from the smallest to the largest, or
     from -limit to limit."""
-    values = values.detach().cpu().float().nan_to_num(0.0, 0.0, 0.0)
     low, high = (values.min(), values.max()) if limit is None else (-limit, limit)
-    grey = Image.fromarray(((values - low) / max(high - low, 1e-12) * 255).byte().numpy())
-    return ImageOps.colorize(grey, "#08051d", "#ffee2a", mid="#bc3754")
+    grey = (values.detach() - low) / max(high - low, 1e-12) * 255
+    return ImageOps.colorize(tile(grey[None]).convert("L"), "#08051d", "#ffee2a", mid="#bc3754")
 
 
 def gallery(tiles: list, captions: list[str], path, columns=8, zoom=4, title="") -> None:
-    """Tiles in rows, all enlarged to `zoom` times the largest one's size; below each its caption,
-    of one line or more, hardly wider than the tile."""
-    wide, tall = (16 + zoom * max([0, *(x.size[i] for x in tiles)]) for i in (0, 1))
-    high = tall + 19 * max([0, *(len(caption.splitlines()) for caption in captions)])
-    top = 16 + (16 + 22 * len(title.splitlines()) if title else 0)
-    sheet = Image.new("RGB", (16 + columns * wide, top + high * -(-len(tiles) // columns)), "white")
+    """Tiles (one or more) in rows, all enlarged to `zoom` times the largest one's size; below each
+    its caption, of one line or more, hardly wider than the tile."""
+    wide, tall = (zoom * max(picture.size[i] for picture in tiles) for i in (0, 1))
+    across, down = wide + 16, tall + 35 + 19 * max(text.count("\n") for text in captions)
+    top, rows = 20 + 24 * len(title.splitlines()), math.ceil(len(tiles) / columns)
+    sheet = Image.new("RGB", (16 + columns * across, top + rows * down), "white")
     draw = ImageDraw.Draw(sheet)
     draw.text((16, 12), title, INK, font(18))
     for i, (picture, caption) in enumerate(zip(tiles, captions)):
-        x, y = 16 + i % columns * wide, top + i // columns * high
-        sheet.paste(picture.resize((wide - 16, tall - 16), Image.NEAREST), (x, y))
-        draw.text((x, y + tall - 10), caption, INK, font(15))
-    content = io.BytesIO()
-    sheet.save(content, "PNG")
+        x, y = 16 + i % columns * across, top + i // columns * down
+        sheet.paste(picture.resize((wide, tall), Image.NEAREST), (x, y))
+        draw.text((x, y + tall + 6), caption, INK, font(15))
+    sheet.save(content := io.BytesIO(), "PNG")
     save(path, content.getvalue())
 
 
-# ---- A run folder -----------------------------------------------------------------------------
+# ---- Runs, and the command line ---------------------------------------------------------------
 
 
 def read_pt(path) -> dict:
     """What train.py saved in a .pt file, "config" and more; the only place that loads one. Raises
-    UserError for whatever is wrong with it: missing, damaged, foreign, not finite.
-
-    weights_only: a pickle can name any function for its reader to call, so to load a stranger's
-    file would run a stranger's code; this way it may hold tensors, numbers and text only.
-    """
+    UserError for whatever is wrong with it: missing, damaged, foreign, not finite."""
     try:
-        content = Path(path).read_bytes()
         # A .pt file is a ZIP, which keeps a checksum of each of its parts. torch does not look at
         # them: with one bit flipped it loads other weights, and nobody notices.
-        archive = zipfile.ZipFile(io.BytesIO(content))
-        if archive.testzip() or any("constants.pkl" in name for name in archive.namelist()):
-            raise zipfile.BadZipFile                     # constants: TorchScript, a whole program
-        state = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+        intact = zipfile.ZipFile(path).testzip() is None
+        # weights_only: a pickle can name any function for its reader to call, so to load a
+        # stranger's file would run a stranger's code. Now it may hold tensors, numbers, text only.
+        state = torch.load(path, map_location="cpu", weights_only=True)
         nets = [state[name] for name in ("weights", "net", "average") if name in state]
-        if not (state["config"] and all(x.isfinite().all() for net in nets for x in net.values())):
-            raise FloatingPointError                     # the training had diverged
+        finite = all(x.isfinite().all() for net in nets for x in net.values())
+        if not (intact and finite and state["config"]):
+            raise ValueError                 # not finite: the training had diverged
     except Exception as error:   # whatever a missing, damaged or foreign file can do to these
         raise UserError(f"{path} is missing, damaged, not finite or not made by this train.py "
                         f"({type(error).__name__}): python train.py trains a new run")
@@ -418,10 +369,9 @@ def read_pt(path) -> dict:
 
 
 def find_run(run=None) -> Path:
-    """The given run folder, or the one under runs/ with the newest weights."""
-    newest = max(Path("runs").glob("*/weights.pt"), key=lambda path: path.stat().st_mtime,
-                 default=Path("runs/001/weights.pt"))    # read_pt will say that it is missing
-    return Path(run or newest.parent)
+    """The given run folder, or the last one under runs/, where train.py numbers them."""
+    found = [path.parent for path in sorted(Path("runs").glob("*/weights.pt"))]
+    return Path(run or [Path("runs/001"), *found][-1])   # read_pt will say that 001 is missing
 
 
 def load_run(folder) -> tuple[nn.Module, dict]:
@@ -442,9 +392,6 @@ def mean_std_of(config: dict) -> tuple[Tensor, Tensor]:
     return tuple(torch.tensor(config[name]).view(1, -1, 1, 1) for name in ("mean", "std"))
 
 
-# ---- The command line -------------------------------------------------------------------------
-
-
 def main() -> None:
     parser = Parser(prog="analyze.py", description="What a trained network gets wrong, and why.")
     add = parser.add_argument
@@ -456,15 +403,14 @@ def main() -> None:
     args = parser.parse_args()
     folders = args.run or [find_run()]
     runs = [load_run(folder) for folder in folders]
-    (net, config), out = runs[0], args.out or folders[0] / "analysis"
+    config, out = runs[0][1], args.out or folders[0] / "analysis"
+    data = None if args.image else load(config["data"], args.data_dir or config["data_dir"])
     if args.image:
-        report_image(args.image, net, config, out)
+        report_image(args.image, *runs[0], out)
+    elif args.suspects or len(runs) > 1:
+        report_suspects(runs, data, out)
     else:
-        data = load(config["data"], args.data_dir or config["data_dir"])
-        if args.suspects or len(runs) > 1:
-            report_suspects(runs, data, out)
-        else:
-            report_run(folders[0], net, config, data, out)
+        report_run(folders[0], *runs[0], data, out)
     print(f"\ndrawn in {out}")
 
 

@@ -830,18 +830,15 @@ def test_a_digit_looks_the_same_whatever_it_is_drawn_on(draw, digits, tmp_path):
         ink.paste(Image.fromarray(image.clip(60) - 60).resize((150, 150)), (110 + 9 * i, 50))
         ink = np.asarray(ink, np.float32).clip(0, 195) / 195
         draw(ink).save(tmp_path / "photo.tiff")
-        found, seen = analyze.prepare(analyze.open_picture(tmp_path / "photo.tiff"))
-        wanted, _ = analyze.prepare(torch.from_numpy(ink)[None])
-        assert (found.float() - wanted.float()).abs().mean() < 16 and "one piece" in seen
+        found = analyze.prepare(analyze.open_picture(tmp_path / "photo.tiff"))
+        wanted = analyze.prepare(torch.from_numpy(ink)[None])
+        assert (found.float() - wanted.float()).abs().mean() < 16
 
 def test_the_prepared_digit_fills_20_pixels_around_its_centre_of_mass():
     photo = torch.ones(1, 250, 150)
     photo[:, 30:190, 100:115] = 0                                  # a bar, 15 wide and 160 high
-    rows = analyze.prepare(photo)[0][0, 0].float().sum(1)
+    rows = analyze.prepare(photo)[0, 0].float().sum(1)
     assert rows.count_nonzero() == 20 and 13.4 < rows @ torch.arange(28.0) / rows.sum() < 14.6
-    photo[:, 30:190, 30:45] = 0
-    assert "several pieces" in analyze.prepare(photo)[1]
-    assert "fills" in analyze.prepare(torch.rand(1, 100, 100))[1]
 
 @pytest.mark.parametrize("make", [
     lambda path: None, Path.mkdir, lambda path: path.write_text("no picture"),
@@ -863,9 +860,10 @@ def test_a_chart_draws_whatever_it_is_given_and_its_ticks_are_round_numbers(tmp_
         assert Image.open(tmp_path / "chart.png").convert("RGB").width >= 1200
     for ends, log, ticks in (((96.7, 99.6), False, "97 97.5 98 98.5 99 99.5"),
                              ((1e-6, 1), True, "1e-06 1e-05 0.0001 0.001 0.01 0.1 1"),
-                             ((0.01, 1), True, "0.01 0.1 1 0.02 0.2 0.05 0.5")):
-        place, found = analyze.axis(ends, log)
-        assert [label for _, label in found] == ticks.split() and math.isnan(place(NAN))
+                             ((0.01, 1), True, "0.01 0.032 0.1 0.32 1")):
+        places, found = analyze.axis(ends, log)
+        assert [label for _, label in found] == ticks.split()
+        assert places(ends) == [0, 1] and all(x != x for x in places([NAN, INF, 2 * ends[1]]))
 
 def test_the_report_fits_a_screen_in_plain_characters(runs, digits, tmp_path, run):
     analyze.tile(digits.test[0][0]).save(tmp_path / "digit.png")
@@ -875,7 +873,7 @@ def test_the_report_fits_a_screen_in_plain_characters(runs, digits, tmp_path, ru
         assert len(lines) <= 45 and printed.isascii()
         assert flags or lines[1].startswith("synthetic test set: accuracy")
     assert {path.stem for path in tmp_path.glob("*.png")} == {
-        "failures", "confusion", "augmented", "features", "curves", "digit", "image", "suspects"}
+        "failures", "confusion", "augmented", "features", "digit", "image", "suspects"}
 
 # ---- lr_finder.py -----------------------------------------------------------------------------
 
