@@ -803,9 +803,9 @@ def test_the_margin_ranks_labels_from_wrong_to_right_and_planted_ones_come_first
 def test_the_evidence_maps_of_a_head_sum_to_the_logits():
     x = torch.randn(3, 1, 28, 28)
     for head in ("conv", "place"):
-        net = model.build("default", head_kind=head).eval()
+        net = model.build("default", head=head).eval()
         assert torch.allclose(analyze.evidence_maps(net, x).sum((2, 3)), net(x), atol=1e-5)
-    for net in (model.build("default", head_kind="linear").eval(), model.build("n2")):
+    for net in (model.build("default", head="linear").eval(), model.build("n2")):
         assert analyze.evidence_maps(net, x) is None
 
 def drawn(paper, colour, frame=0, desk=0):
