@@ -69,17 +69,10 @@ def slide(axis: Axis, kernel: int, stride: int, padding: int, dilation: int) -> 
 
 def union(axes: list[Axis]) -> Axis:
     """Where branches are added, multiplied or concatenated: the smallest window around theirs."""
-    if {axis.jump for axis in axes} != {axes[0].jump or None}:   # a global branch, or unit 5 is not
-        return axes[0]._replace(**GLOBAL)              # at the same place in all of them
+    if len({axis.jump for axis in axes}) > 1:          # one is global, or unit 5 is not the same
+        return axes[0]._replace(**GLOBAL)              # place in all of them
     first = min(axis.first for axis in axes)           # the earliest start to the latest end
     return axes[0]._replace(first=first, size=max(a.first + a.size for a in axes) - first)
-
-
-def covered(axis: Axis, units: int) -> Tensor:
-    """units×pixels: which pixels of the image lie in which unit's window?"""
-    starts = axis.first + axis.jump * torch.arange(units)[:, None]
-    pixels = torch.arange(axis.pixels)                 # the border cuts off what lies outside
-    return (pixels >= starts) & (pixels < starts + axis.size) | (axis.jump == 0)
 
 
 # ---- Following the two axes through any network -----------------------------------------------
@@ -108,20 +101,16 @@ def windows_of(kind: str, layer: nn.Module, settings: tuple, named: dict) -> lis
         layer.kernel_size, layer.stride, padding, dilation)], 1).tolist()
 
 
-def inked_lines(units: int) -> list[int]:
-    """Which lines of a dimension get ink. Unevenly spaced, so that a flip or a step shows, and
-    never the last one: when all lines of a result are stained, that has to mean global."""
-    return [line for line in (0, 1, 3) if line < max(1, units - 1)]
-
-
 def ink(shape: tuple, axes: list[Axis]) -> Tensor:
     """Two clean images of this shape, with ink on rows of the first and on columns of the second.
     In float64: for float32 there are faster convolutions, which smear the ink."""
     images = torch.zeros(2, *shape, dtype=torch.float64)
     for image, axis in zip(images, axes):
         if axis.dim:                                   # an image has no N: one dimension less
-            lines = torch.tensor(inked_lines(shape[axis.dim - 1]))
-            image.index_fill_(axis.dim - 1, lines, math.nan)
+            # Unevenly spaced, so that a flip or a step shows, and never the last line: when all
+            # lines of a result are stained, that has to mean global.
+            lines = [n for n in (0, 1, 3) if n < max(1, shape[axis.dim - 1] - 1)]
+            image.index_fill_(axis.dim - 1, torch.tensor(lines), math.nan)
     return images
 
 
@@ -136,12 +125,13 @@ def follow(result: Tensor, inputs: list[Tensor]) -> list[Axis]:
     for i, stains in enumerate(result[:2].isnan()):    # height, then width
         axis = union([x.axes[i] for x in inputs])
         place = axis._replace(**GLOBAL, dim=i + 2 if result.dim() == 4 else None)
-        for dim, lines in enumerate(stains.nonzero().T if axis.jump else (), 1):
-            lines = lines.unique().tolist()            # of this dimension, those with any stain
-            asked = inked_lines(inputs[0].shape[axis.dim])
-            if [n - lines[0] for n in lines] == asked and len(lines) < result.shape[dim]:
-                # F.pad moves all lines on: unit 0 is new, and lies before the one that was first.
-                place = axis._replace(first=axis.first - lines[0] * axis.jump, dim=dim)
+        if axis.jump:
+            inked = inputs[0][i].isnan().nonzero()[:, axis.dim - 1].unique()
+            for dim, lines in enumerate(stains.nonzero().T, 1):
+                lines = lines.unique()                 # of this dimension, those with any stain
+                if torch.equal(lines - lines[:1], inked) and len(lines) < result.shape[dim]:
+                    # F.pad moves all lines on: unit 0 is new, and lies before the old unit 0.
+                    place = axis._replace(first=axis.first - int(lines[0]) * axis.jump, dim=dim)
         axes.append(place)
     return axes
 
@@ -153,11 +143,14 @@ def measure(result: Tensor, axes: list[Axis]) -> str:
         return ""                                      # too large to measure, or N is not in front
     most, more, fewer = [], False, False
     for axis, stains in zip(axes, result[2:].isnan().split([axis.pixels for axis in axes])):
+        stains = stains.movedim(axis.dim, 1) if axis.dim else stains.unsqueeze(1)    # a vector: one
         # pixels×units×the rest: a unit has noticed what any channel of any unit of its row has.
-        stains = stains.movedim(axis.dim, 1) if axis.dim else stains.unsqueeze(1)    # one unit
-        seen = stains.reshape(*stains.shape[:2], -1).any(2).T
-        window = covered(axis, len(seen))              # both units×pixels: each unit is compared
-        more, fewer = more or (seen & ~window).any(), fewer or (window & ~seen).any()
+        seen = stains.reshape(*stains.shape[:2], -1).any(2).T             # units×pixels
+        pixels = torch.arange(axis.pixels)             # the border cuts off what lies outside
+        starts = axis.first + axis.jump * torch.arange(len(seen))[:, None]
+        window = (pixels >= starts) & (pixels < starts + axis.size) | (axis.jump == 0)
+        more = more or (seen & ~window).any()          # every unit, with every line of pixels
+        fewer = fewer or (window & ~seen).any()
         most.append(int(seen.sum(1).max()))
     return f"{both(most)} {'!' if more else '<' if fewer else '='}"
 
@@ -186,10 +179,10 @@ class Follower(TorchFunctionMode):
         given, kwargs = [], kwargs or {}
         map_aggregate((args, kwargs), given.append)    # tensors in lists, too
         self.counted.update(x for x in given if isinstance(x, nn.Parameter))    # each once
-        inputs = [x for x in given if hasattr(x, "axes")]
-        if not inputs:                                 # weights among themselves, or numbers
+        inputs, kind = [x for x in given if hasattr(x, "axes")], getattr(func, "__name__", "")
+        if not inputs or kind.startswith("new_") or kind.endswith("_like"):    # nothing of an image
             return func(*args, **kwargs)
-        self.kind, self.inputs = getattr(func, "__name__", ""), inputs
+        self.kind, self.inputs = kind, inputs
         self.windows = windows_of(self.kind, self.path[-1][1], args[1:], kwargs)
         self.cost = args[1][0].numel() if self.kind in ("conv2d", "linear") else 0    # of one unit
         value = map_aggregate(func(*args, **kwargs), self.see)
@@ -198,14 +191,14 @@ class Follower(TorchFunctionMode):
 
     def see(self, result):
         """Put fresh ink and what its units see on a result; add a row, if there is news."""
-        if not isinstance(result, Tensor) or not result.dim():
+        if not (isinstance(result, Tensor) and result.dim() and len(result) > 1):
             return result
         before, out = self.inputs[0], tuple(result.shape[1:])
         if before.dim() == 4 and len(out) < 2 and len(result) != len(before):
-            raise UserError("mixes the images: torch.flatten(x, 1)?")
+            raise ValueError("mixes the images: torch.flatten(x, 1)?")
         axes = [slide(axis, *self.windows[axis.dim - before.dim()]) if axis.dim else axis
                 for axis in before.axes] if self.windows else follow(result, self.inputs)
-        if any(axis.dim for axis in axes):             # the images of the measurement stay inked
+        if result.is_floating_point():                 # the images of the measurement stay inked
             result = torch.cat([ink(out, axes), result[2:]])
         result.axes = axes
         parameters = sum(p.numel() for p in self.counted) - sum(row.parameters for row in self.rows)
@@ -235,10 +228,8 @@ def walk(net: nn.Module, input_shape: tuple) -> list[Row]:
             # Windows are rectangles, so their rows and columns can be found apart, with few images:
             # in image y row y is ink, in image H + x column x. Their ink stays from end to end.
             probes = torch.zeros(height + width, *input_shape)
-            for y in range(height):
-                probes[y, :, y] = math.nan
-            for x in range(width):
-                probes[height + x, :, :, x] = math.nan
+            y, x = torch.arange(height), torch.arange(width)
+            probes[y, :, y] = probes[height + x, :, :, x] = math.nan
             images = torch.cat([images, probes])
         images.axes = axes
         with torch.no_grad(), follower:                # one ordinary forward pass, watched
@@ -250,19 +241,50 @@ def walk(net: nn.Module, input_shape: tuple) -> list[Row]:
     return follower.rows
 
 
-# ---- The shape debugger -----------------------------------------------------------------------
-
-
 def times(numbers) -> str:
     return "x".join(map(str, numbers))
+
+
+def both(numbers) -> str:
+    """Height x width, or one number where they agree."""
+    return times(numbers) if len(set(numbers)) > 1 else str(numbers[0])
+
+
+def explain(net: nn.Module, input_shape: tuple) -> str | None:
+    """Print the table and the totals for images of shape C×H×W, or H×W: one channel. If the network
+    cannot take them, print the table up to there, then print on stderr, and return, the reason."""
+    try:
+        rows, problem = walk(net, (1, *input_shape)[-3:]), None
+    except UserError as error:
+        rows, problem = error.rows, str(error)
+    lines = ["layer output window jump RF first measured parameters multiply-adds".split()]
+    for row in rows:
+        jump, size, first, _, _ = map(both, zip(*row.axes))
+        window = " ".join(letter + both(pair) for letter, pair in zip("kspd", zip(*row.windows))
+                          if letter != "d" or pair != (1, 1))
+        field = (jump, size, first) if all(axis.jump for axis in row.axes) else ("", "global", "")
+        lines.append((row.name, times(row.shape), window, *field, row.measured,
+                      f"{row.parameters:,}", f"{row.multiply_adds:,}"))
+    widths = [max(map(len, column)) for column in zip(*lines)]
+    for line in lines:                                 # text to the left, numbers to the right
+        print(*(f"{cell:{side}{n}}" for cell, side, n in zip(line, "<<<>>>>>>", widths)), sep="  ")
+    if problem:
+        print(f"error: {problem}", file=sys.stderr)
+    else:     # Each product is two operations. "FLOPs" are sometimes the one, sometimes the other.
+        print(f"\n{sum(row.parameters for row in rows):,} parameters, "
+              f"{sum(row.multiply_adds for row in rows):,} multiply-adds an image.")
+    return problem
+
+
+# ---- The shape debugger -----------------------------------------------------------------------
 
 
 def diagnose(error: Exception, follower: Follower) -> str:
     """What a layer wanted in place of what it got, and a remedy."""
     layer, inputs, kind = follower.path[-1][1], follower.inputs, type(follower.path[-1][1]).__name__
     shape = tuple(inputs[0].shape[1:]) if inputs else ()
-    said = str(error) if isinstance(error, UserError) else f"fails: {reason(error)}"
-    if isinstance(error, UserError) or not shape:      # explained already; or a number an image
+    said = f"fails: {reason(error)}"
+    if not shape:                                      # before the first call, or a number an image
         return said
     # First the number of dimensions: with that wrong, no number of channels would help. (A linear
     # layer may stand where channels are the last dimension, after height and width, 1 and 2.)
@@ -270,11 +292,10 @@ def diagnose(error: Exception, follower: Follower) -> str:
         return f"wants numbers in a row, got the map {times(shape)}: put nn.Flatten() before it"
     if kind.endswith("2d") and len(shape) == 1:        # Conv2d, BatchNorm2d, MaxPool2d
         return f"wants a map, got {shape[0]} numbers in a row: put it before nn.Flatten()"
-    for setting, count in (("in_features", shape[-1]), ("in_channels", shape[0]),
-                           ("num_features", shape[0])):
-        if getattr(layer, setting, count) != count:
-            return (f"wants {getattr(layer, setting)} {setting.split('_')[1]}, got {times(shape)}. "
-                    f"Write {setting}={count}")
+    for setting, dim in ("in_features", -1), ("in_channels", 0), ("num_features", 0):
+        wants, what = getattr(layer, setting, shape[dim]), setting.split("_")[1]
+        if wants != shape[dim]:
+            return f"wants {wants} {what}, got {times(shape)}. Write {setting}={shape[dim]}"
     if follower.kind and follower.windows:             # with dilation, a 3×3 window is larger
         return f"does not fit a {times(shape[1:])} map: pool less, or take a larger image ({said})"
     if follower.kind and len(inputs) > 1:
@@ -286,67 +307,26 @@ def diagnose(error: Exception, follower: Follower) -> str:
 def check_network(net: nn.Module, images: Tensor, classes=10) -> None:
     """Before a training: does the network take images N×C×H×W, and does it return logits? If not,
     raises UserError with the reason and the remedy. Leaves the network and its mode as they are."""
-    problem = ""
     try:
         with torch.no_grad(), torch.random.fork_rng([images.device] * images.is_cuda):
             # Of a copy, in eval mode: no dropout is drawn, no running mean moves, the training that
             # follows is the same, to the bit, as without this look.
             logits = copy.deepcopy(net).eval()(images)
-        if not isinstance(logits, Tensor):
-            problem = f"returns a {type(logits).__name__}: return the logits only"
-        elif any(map(nn.parameter.is_lazy, net.parameters())):
-            problem = "has a lazy layer: write the sizes that rf.py prints"
-        elif logits.shape != (len(images), classes):
-            problem = f"returns {times(logits.shape[1:])} an image, not {classes} logits: " + (
-                "add nn.Flatten() at its end" if logits[0].numel() == classes
-                else f"its last layer must give {classes}")
-        elif not logits.isfinite().all():
-            problem = "returns numbers that are not finite"
-        elif (logits >= 0).all() and (logits.sum(1) - 1).abs().max() < 1e-3:     # a distribution
-            problem = "ends in softmax, and cross-entropy applies softmax itself: remove the first"
     except Exception as error:
-        walk(net, tuple(images.shape[1:]))                       # says where, why, and what helps
-        problem = f"fails on images of {times(images.shape[1:])}: {reason(error)}"
-    if problem:
-        raise UserError(f"the network {problem}")
-
-
-# ---- The table --------------------------------------------------------------------------------
-
-
-def both(numbers) -> str:
-    """Height x width, or one number where they agree."""
-    return times(numbers) if len(set(numbers)) > 1 else str(numbers[0])
-
-
-def table(rows: list[Row]) -> str:
-    """The rows in aligned columns."""
-    lines = ["layer output window jump RF first measured parameters multiply-adds".split()]
-    for row in rows:
-        jump, size, first, _, _ = map(both, zip(*row.axes))
-        window = " ".join(letter + both(pair) for letter, pair in zip("kspd", zip(*row.windows))
-                          if letter != "d" or pair != (1, 1))
-        field = (jump, size, first) if all(axis.jump for axis in row.axes) else ("", "global", "")
-        lines.append((row.name, times(row.shape), window, *field, row.measured,
-                      f"{row.parameters:,}", f"{row.multiply_adds:,}"))
-    widths = [max(map(len, column)) for column in zip(*lines)]
-    return "\n".join("  ".join(cell.ljust(n) if i < 3 else cell.rjust(n)      # text left, numbers
-                               for i, (cell, n) in enumerate(zip(line, widths)))    # right
-                     for line in lines)
-
-
-def explain(net: nn.Module, input_shape: tuple) -> str | None:
-    """Print the table and the totals for images of shape C×H×W, or H×W: one channel. If the network
-    cannot take them, print the table up to there, then print on stderr, and return, the reason."""
-    try:
-        rows = walk(net, (1, *input_shape)[-3:])
-    except UserError as error:
-        print(table(error.rows), flush=True)
-        print(f"error: {error}", file=sys.stderr)
-        return str(error)
-    # Each product is two operations; "FLOPs" in papers are sometimes the one, sometimes the other.
-    print(f"{table(rows)}\n\n{sum(row.parameters for row in rows):,} parameters, "
-          f"{sum(row.multiply_adds for row in rows):,} multiply-adds an image.")
+        walk(net, tuple(images.shape[1:]))             # its error says where, why, and what helps
+        raise UserError(f"the network fails on images {times(images.shape[1:])}: {reason(error)}")
+    if not isinstance(logits, Tensor):
+        raise UserError(f"the network returns a {type(logits).__name__}: return the logits only")
+    if any(map(nn.parameter.is_lazy, net.parameters())):
+        raise UserError("the network has a lazy layer: write the sizes that rf.py prints")
+    if logits.shape != (len(images), classes):
+        got, flat = times(logits.shape[1:]), math.prod(logits.shape[1:]) == classes
+        raise UserError(f"the network returns {got} an image, not {classes} logits: " + (
+            "add nn.Flatten() at its end" if flat else f"its last layer must give {classes}"))
+    if not logits.isfinite().all():
+        raise UserError("the network returns numbers that are not finite")
+    if (logits >= 0).all() and (logits.sum(1) - 1).abs().max() < 1e-3:       # a distribution
+        raise UserError("the network ends in softmax, and cross-entropy applies softmax itself")
 
 
 # ---- The effective receptive field ------------------------------------------------------------
@@ -377,11 +357,10 @@ def draw_fields(nets: dict, shape: tuple, path) -> None:
         mass = effective_field(net, images, last.split()[0])
         strongest = mass.flatten().sort(descending=True).values
         half = int((strongest.cumsum(0) < 0.5).sum()) + 1
-        captions.append(f"{title}: half of the gradient in\n{half} of {mass.numel()} pixels")
-        print(captions[-1].replace("\n", " "))
+        captions.append(f"{title}: half of the gradient in {half} of {mass.numel()} pixels")
         tiles.append(heat(mass))
-    gallery(tiles, captions, path, columns=2, zoom=8, title=f"What moves a unit of {last}")
-    print(f"picture: {path}")
+    gallery(tiles, captions, path, columns=2, zoom=14, title=f"What moves a unit of {last}")
+    print(*captions, f"picture: {path}", sep="\n")
 
 
 # ---- Command line -----------------------------------------------------------------------------
