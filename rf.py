@@ -34,8 +34,8 @@ from data import Parser, UserError, reason, run_command, user_path
 
 import torch
 from torch import Tensor, nn
-from torch.fx.node import map_aggregate
-from torch.overrides import TorchFunctionMode
+from torch.fx.node import map_aggregate                # through lists, tuples and dictionaries
+from torch.overrides import TorchFunctionMode          # to see each call of a network's functions
 
 from analyze import find_run, gallery, heat, load_run
 from model import INPUT_SHAPES, build, count_parameters
@@ -78,11 +78,9 @@ def union(axes: list[Axis]) -> Axis:
 # ---- Following the two axes through any network -----------------------------------------------
 # Windows are known of convolutions and poolings only. What any other call does to the two axes, one
 # experiment shows, for permute, reshape, a norm, attention, or a function of your own alike: put
-# ink on a few rows of its input, and look where the stains are in its result.
-#
-# The ink is NaN, and nothing washes it out: whatever is computed from it is NaN, 0·NaN and
-# NaN − NaN, too. Light would be worse: weights of both signs cancel it, a brighter neighbour hides
-# it from a max pooling, and rounding errors look like faint light.
+# ink on a few rows of its input, and look where the stains are in its result. The ink is NaN, for
+# nothing washes it out: 0·NaN and NaN − NaN are NaN, too. Light would be worse: weights of both
+# signs cancel it, a brighter neighbour hides it from a max pooling, rounding errors look like it.
 
 POOLS = {"max_pool2d": nn.MaxPool2d, "avg_pool2d": nn.AvgPool2d}
 
@@ -95,8 +93,8 @@ def windows_of(kind: str, layer: nn.Module, settings: tuple, named: dict) -> lis
         return []
     dilation, padding = getattr(layer, "dilation", 1), layer.padding
     if isinstance(padding, str):                       # "same": an odd pixel goes to the far end
-        padding = [(k - 1) * d // 2 * (padding == "same")
-                   for k, d in zip(layer.kernel_size, dilation)]
+        sizes = zip(layer.kernel_size, dilation)       # "valid": 0
+        padding = [(k - 1) * d // 2 * (padding == "same") for k, d in sizes]
     return torch.stack([torch.tensor(setting).expand(2) for setting in (       # 3 means 3×3
         layer.kernel_size, layer.stride, padding, dilation)], 1).tolist()
 
@@ -107,9 +105,10 @@ def ink(shape: tuple, axes: list[Axis]) -> Tensor:
     images = torch.zeros(2, *shape, dtype=torch.float64)
     for image, axis in zip(images, axes):
         if axis.dim:                                   # an image has no N: one dimension less
-            # Unevenly spaced, so that a flip or a step shows, and never the last line: when all
-            # lines of a result are stained, that has to mean global.
-            lines = [n for n in (0, 1, 3) if n < max(1, shape[axis.dim - 1] - 1)]
+            # Unevenly spaced, and up to both ends, so that a flip, a step or a partition shows. The
+            # last line stays clean: when all lines of a result are stained, that means global.
+            n = shape[axis.dim - 1]
+            lines = sorted({0, 1, 3, n - 2} & set(range(max(1, n - 1))))
             image.index_fill_(axis.dim - 1, torch.tensor(lines), math.nan)
     return images
 
@@ -132,7 +131,7 @@ def follow(result: Tensor, inputs: list[Tensor]) -> list[Axis]:
                 if torch.equal(lines - lines[:1], inked) and len(lines) < result.shape[dim]:
                     # F.pad moves all lines on: unit 0 is new, and lies before the old unit 0.
                     place = axis._replace(first=axis.first - int(lines[0]) * axis.jump, dim=dim)
-        axes.append(place)
+        axes.append(place)                             # found, or global
     return axes
 
 
@@ -141,7 +140,7 @@ def measure(result: Tensor, axes: list[Axis]) -> str:
     The images of `result` from the third on are those of walk(), with ink on one line of each."""
     if len(result) != 2 + sum(axis.pixels for axis in axes):
         return ""                                      # too large to measure, or N is not in front
-    most, more, fewer = [], False, False
+    most, more, fewer = [], False, False               # more, or fewer, than their windows have
     for axis, stains in zip(axes, result[2:].isnan().split([axis.pixels for axis in axes])):
         stains = stains.movedim(axis.dim, 1) if axis.dim else stains.unsqueeze(1)    # a vector: one
         # pixels×units×the rest: a unit has noticed what any channel of any unit of its row has.
@@ -149,8 +148,7 @@ def measure(result: Tensor, axes: list[Axis]) -> str:
         pixels = torch.arange(axis.pixels)             # the border cuts off what lies outside
         starts = axis.first + axis.jump * torch.arange(len(seen))[:, None]
         window = (pixels >= starts) & (pixels < starts + axis.size) | (axis.jump == 0)
-        more = more or (seen & ~window).any()          # every unit, with every line of pixels
-        fewer = fewer or (window & ~seen).any()
+        more, fewer = more or (seen & ~window).any(), fewer or (window & ~seen).any()
         most.append(int(seen.sum(1).max()))
     return f"{both(most)} {'!' if more else '<' if fewer else '='}"
 
@@ -200,7 +198,7 @@ class Follower(TorchFunctionMode):
                 for axis in before.axes] if self.windows else follow(result, self.inputs)
         if result.is_floating_point():                 # the images of the measurement stay inked
             result = torch.cat([ink(out, axes), result[2:]])
-        result.axes = axes
+        result.axes = axes                             # for the calls that get this result
         parameters = sum(p.numel() for p in self.counted) - sum(row.parameters for row in self.rows)
         # News: a window, products, parameters, or another shape or view than the row before.
         if self.windows or self.cost or parameters or not self.rows or (out, axes) != (
@@ -212,8 +210,8 @@ class Follower(TorchFunctionMode):
 
 def walk(net: nn.Module, input_shape: tuple) -> list[Row]:
     """Follow images of shape C×H×W through a copy of the network; return a Row for each layer.
-    Raises UserError at the first layer that fails: its place, the reason, the remedy. The rows
-    before it are the error's attribute `rows`."""
+    Raises UserError at the first that fails, with place, reason and remedy, and with `rows` so far.
+    """
     follower = Follower(net)
     try:
         _, height, width = input_shape
@@ -265,12 +263,12 @@ def explain(net: nn.Module, input_shape: tuple) -> str | None:
         field = (jump, size, first) if all(axis.jump for axis in row.axes) else ("", "global", "")
         lines.append((row.name, times(row.shape), window, *field, row.measured,
                       f"{row.parameters:,}", f"{row.multiply_adds:,}"))
-    widths = [max(map(len, column)) for column in zip(*lines)]
+    widths = [max(map(len, column)) for column in zip(*lines)]       # of the longest cell
     for line in lines:                                 # text to the left, numbers to the right
         print(*(f"{cell:{side}{n}}" for cell, side, n in zip(line, "<<<>>>>>>", widths)), sep="  ")
     if problem:
         print(f"error: {problem}", file=sys.stderr)
-    else:     # Each product is two operations. "FLOPs" are sometimes the one, sometimes the other.
+    else:       # Each product is two operations; "FLOPs" are now the one, now the other.
         print(f"\n{sum(row.parameters for row in rows):,} parameters, "
               f"{sum(row.multiply_adds for row in rows):,} multiply-adds an image.")
     return problem
@@ -281,16 +279,15 @@ def explain(net: nn.Module, input_shape: tuple) -> str | None:
 
 def diagnose(error: Exception, follower: Follower) -> str:
     """What a layer wanted in place of what it got, and a remedy."""
-    layer, inputs, kind = follower.path[-1][1], follower.inputs, type(follower.path[-1][1]).__name__
-    shape = tuple(inputs[0].shape[1:]) if inputs else ()
-    said = f"fails: {reason(error)}"
+    layer, inputs, said = follower.path[-1][1], follower.inputs, f"fails: {reason(error)}"
+    shape = tuple(inputs[0].shape[1:]) if inputs else ()         # C×H×W, or the vector's length
     if not shape:                                      # before the first call, or a number an image
         return said
-    # First the number of dimensions: with that wrong, no number of channels would help. (A linear
-    # layer may stand where channels are the last dimension, after height and width, 1 and 2.)
-    if kind == "Linear" and len(shape) == 3 and [axis.dim for axis in inputs[0].axes] != [1, 2]:
+    # First the number of dimensions: with that wrong, no number of channels would help.
+    dims = [axis.dim for axis in inputs[0].axes]       # [1, 2]: C is the last one, so Linear fits
+    if isinstance(layer, nn.Linear) and len(shape) == 3 and dims != [1, 2]:
         return f"wants numbers in a row, got the map {times(shape)}: put nn.Flatten() before it"
-    if kind.endswith("2d") and len(shape) == 1:        # Conv2d, BatchNorm2d, MaxPool2d
+    if type(layer).__name__.endswith("2d") and len(shape) == 1:     # convolution, batch norm, pool
         return f"wants a map, got {shape[0]} numbers in a row: put it before nn.Flatten()"
     for setting, dim in ("in_features", -1), ("in_channels", 0), ("num_features", 0):
         wants, what = getattr(layer, setting, shape[dim]), setting.split("_")[1]
@@ -315,15 +312,15 @@ def check_network(net: nn.Module, images: Tensor, classes=10) -> None:
     except Exception as error:
         walk(net, tuple(images.shape[1:]))             # its error says where, why, and what helps
         raise UserError(f"the network fails on images {times(images.shape[1:])}: {reason(error)}")
-    if not isinstance(logits, Tensor):
+    if not isinstance(logits, Tensor):                 # such as (logits, features)
         raise UserError(f"the network returns a {type(logits).__name__}: return the logits only")
-    if any(map(nn.parameter.is_lazy, net.parameters())):
+    if any(map(nn.parameter.is_lazy, net.parameters())):         # the optimizer cannot hold it yet
         raise UserError("the network has a lazy layer: write the sizes that rf.py prints")
     if logits.shape != (len(images), classes):
         got, flat = times(logits.shape[1:]), math.prod(logits.shape[1:]) == classes
         raise UserError(f"the network returns {got} an image, not {classes} logits: " + (
             "add nn.Flatten() at its end" if flat else f"its last layer must give {classes}"))
-    if not logits.isfinite().all():
+    if not logits.isfinite().all():                    # the loss would be NaN from the first step
         raise UserError("the network returns numbers that are not finite")
     if (logits >= 0).all() and (logits.sum(1) - 1).abs().max() < 1e-3:       # a distribution
         raise UserError("the network ends in softmax, and cross-entropy applies softmax itself")
@@ -342,21 +339,21 @@ def effective_field(net: nn.Module, images: Tensor, layer: str) -> Tensor:
     images, maps = images.clone().requires_grad_(), []
     hook = net.get_submodule(layer).register_forward_hook(lambda *call: maps.append(call[2]))
     net.eval()(images)
-    hook.remove()
+    hook.remove()                                      # maps[0] is what the layer returned
     centre = maps[0][:, :, maps[0].shape[2] // 2, maps[0].shape[3] // 2]      # N×C: one unit
-    mass = torch.autograd.grad(centre.sum(), images)[0].abs().sum(1).mean(0)
+    mass = torch.autograd.grad(centre.sum(), images)[0].abs().sum(1).mean(0)       # N×C×H×W to H×W
     return mass / mass.sum()
 
 
 def draw_fields(nets: dict, shape: tuple, path) -> None:
-    """Print and draw the effective field of each {title: network}, for images of noise, which are
-    normalized like any others: mean 0, deviation 1."""
+    """Print and draw the effective field of each {title: network} for noise of shape C×H×W."""
     last = [row.name for row in walk(nets["fresh"], shape) if row.windows and row.axes[0].jump][-1]
-    images, tiles, captions = torch.randn(100, *shape), [], []
+    # With mean 0 and deviation 1, as normalized images have; a million numbers in all.
+    images = torch.randn(1 + 10**6 // math.prod(shape), *shape)
+    tiles, captions = [], []
     for title, net in nets.items():
         mass = effective_field(net, images, last.split()[0])
-        strongest = mass.flatten().sort(descending=True).values
-        half = int((strongest.cumsum(0) < 0.5).sum()) + 1
+        half = int((mass.flatten().sort(descending=True).values.cumsum(0) < 0.5).sum()) + 1
         captions.append(f"{title}: half of the gradient in {half} of {mass.numel()} pixels")
         tiles.append(heat(mass))
     gallery(tiles, captions, path, columns=2, zoom=14, title=f"What moves a unit of {last}")
@@ -394,10 +391,9 @@ def main() -> None:
     args = parser.parse_args()
     if args.slips:
         return print(slips())
-    # With --run, the trained network and a fresh one of the same kind, to be compared.
     trained, config = load_run(find_run(args.run)) if args.run else (
         None, {"model": args.model, "options": {}})
-    torch.manual_seed(0)                               # the same fresh network each time
+    torch.manual_seed(0)                               # a fresh one, the same each time, beside it
     net, size = build(config["model"], **config["options"]), INPUT_SHAPES[config["model"]]
     if args.torchvision:
         from torchvision import models                 # takes a second: only where it is needed
