@@ -100,9 +100,8 @@ def windows_of(kind: str, layer: nn.Module, settings: tuple, named: dict) -> lis
 
 
 def ink(shape: tuple, axes: list[Axis]) -> Tensor:
-    """Two clean images of this shape, with ink on rows of the first and on columns of the second.
-    In float64: for float32 there are faster convolutions, which smear the ink."""
-    images = torch.zeros(2, *shape, dtype=torch.float64)
+    """Two clean images of this shape, with ink on rows of the first and on columns of the second."""
+    images = torch.zeros(2, *shape, dtype=torch.float64)         # float32 convolutions may smear it
     for image, axis in zip(images, axes):
         if axis.dim:                                   # an image has no N: one dimension less
             # Unevenly spaced, and up to both ends, so that a flip, a step or a partition shows. The
@@ -210,8 +209,7 @@ class Follower(TorchFunctionMode):
 
 def walk(net: nn.Module, input_shape: tuple) -> list[Row]:
     """Follow images of shape C×H×W through a copy of the network; return a Row for each layer.
-    Raises UserError at the first that fails, with place, reason and remedy, and with `rows` so far.
-    """
+    Raises UserError for the first that fails: place, reason, remedy; its `rows` are those before."""
     follower = Follower(net)
     try:
         _, height, width = input_shape
@@ -323,7 +321,8 @@ def check_network(net: nn.Module, images: Tensor, classes=10) -> None:
     if not logits.isfinite().all():                    # the loss would be NaN from the first step
         raise UserError("the network returns numbers that are not finite")
     if (logits >= 0).all() and (logits.sum(1) - 1).abs().max() < 1e-3:       # a distribution
-        raise UserError("the network ends in softmax, and cross-entropy applies softmax itself")
+        raise UserError("the network ends in softmax, and cross-entropy applies softmax itself: "
+                        "remove the first")
 
 
 # ---- The effective receptive field ------------------------------------------------------------
@@ -349,8 +348,7 @@ def draw_fields(nets: dict, shape: tuple, path) -> None:
     """Print and draw the effective field of each {title: network} for noise of shape C×H×W."""
     last = [row.name for row in walk(nets["fresh"], shape) if row.windows and row.axes[0].jump][-1]
     # With mean 0 and deviation 1, as normalized images have; a million numbers in all.
-    images = torch.randn(1 + 10**6 // math.prod(shape), *shape)
-    tiles, captions = [], []
+    images, tiles, captions = torch.randn(1 + 10**6 // math.prod(shape), *shape), [], []
     for title, net in nets.items():
         mass = effective_field(net, images, last.split()[0])
         half = int((mass.flatten().sort(descending=True).values.cumsum(0) < 0.5).sum()) + 1
@@ -391,20 +389,20 @@ def main() -> None:
     args = parser.parse_args()
     if args.slips:
         return print(slips())
-    trained, config = load_run(find_run(args.run)) if args.run else (
-        None, {"model": args.model, "options": {}})
-    torch.manual_seed(0)                               # a fresh one, the same each time, beside it
+    config, trained = {"model": args.model, "options": {}}, {}
+    if args.run:                                       # beside it, a fresh one of the same kind
+        trained["trained"], config = load_run(find_run(args.run))
+    torch.manual_seed(0)                               # the same fresh network each time
     net, size = build(config["model"], **config["options"]), INPUT_SHAPES[config["model"]]
     if args.torchvision:
         from torchvision import models                 # takes a second: only where it is needed
         if args.torchvision not in models.list_models(models):
-            raise UserError(f"torchvision has no classifier {args.torchvision}, but resnet50")
+            raise UserError(f"torchvision has no {args.torchvision}, but resnet50, vgg16, ...")
         net, size = models.get_model(args.torchvision), (3, 224, 224)
-    size = args.input or size
-    if explain(net, size):
+    if explain(net, args.input or size):
         raise SystemExit(2)
-    if args.erf or trained:
-        draw_fields({"fresh": net} | ({"trained": trained} if trained else {}), size, args.out)
+    if args.erf or args.run:
+        draw_fields({"fresh": net, **trained}, args.input or size, args.out)
 
 
 if __name__ == "__main__":
