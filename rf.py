@@ -100,7 +100,7 @@ def windows_of(kind: str, layer: nn.Module, settings: tuple, named: dict) -> lis
 
 
 def ink(shape: tuple, axes: list[Axis]) -> Tensor:
-    """Two clean images of this shape, with ink on rows of the first and on columns of the second."""
+    """Two clean images of this shape, with ink on rows of the first and columns of the second."""
     images = torch.zeros(2, *shape, dtype=torch.float64)         # float32 convolutions may smear it
     for image, axis in zip(images, axes):
         if axis.dim:                                   # an image has no N: one dimension less
@@ -209,7 +209,7 @@ class Follower(TorchFunctionMode):
 
 def walk(net: nn.Module, input_shape: tuple) -> list[Row]:
     """Follow images of shape C×H×W through a copy of the network; return a Row for each layer.
-    Raises UserError for the first that fails: place, reason, remedy; its `rows` are those before."""
+    Raises UserError for the first that fails: place, reason, remedy. Its `rows` came before."""
     follower = Follower(net)
     try:
         _, height, width = input_shape
