@@ -13,7 +13,6 @@ that is why an epoch is fast.
     python data.py --data-dir data      fetches MNIST if it is not there, and prints what it is
 """
 import argparse
-import gzip
 import hashlib
 import math
 import os
@@ -57,7 +56,7 @@ PRESETS = {      # rotate, shear: degrees either way; shift: a share of the imag
     "scale": dict(scale=0.1), "shear": dict(shear=5),
     "less-shift": dict(rotate=(10,), shift=0.05, scale=0.1, shear=5),
     "more-shift": dict(rotate=(10,), shift=0.15, scale=0.1, shear=5),
-    "half": dict(rotate=(5,), shift=0.05, scale=0.05, shear=2.5),                # for small networks
+    "half": dict(rotate=(5,), shift=0.05, scale=0.05, shear=2.5),              # for small networks
     "synthetic": dict(rotate=(20,), shift=0.1, scale=0.2, shear=20, blur=(0.5, 1.0)),
 }
 
@@ -152,14 +151,13 @@ def random_erase(images: Tensor, probability: float, area=(0.02, 0.25),
     height, width = (h * (share * ratio).sqrt()).round(), (w * (share / ratio).sqrt()).round()
     y, x, chosen = torch.rand(3, n, device=device)
     top, left = (y * (h - height + 1)).floor(), (x * (w - width + 1)).floor()
-    # A mask for all images at once, in place of a loop over them: row r is inside rectangle i if
-    # top[i] <= r < top[i] + height[i]. The same for columns; inside both is inside the rectangle.
-    row, column = torch.arange(h, device=device), torch.arange(w, device=device)
-    inside_y = (row >= top[:, None]) & (row < (top + height)[:, None])                  # N×H
-    inside_x = (column >= left[:, None]) & (column < (left + width)[:, None])           # N×W
-    hole = inside_y[:, :, None] & inside_x[:, None, :]                                   # N×H×W
-    hole = hole & (chosen < probability)[:, None, None]
-    return images.masked_fill(hole[:, None], 0.0)
+    # A mask N×H×W for all images at once, in place of a loop over them: a pixel is in the hole of
+    # image i if its row is top[i] or one of the height[i] − 1 after it, and likewise its column.
+    top, left, height, width, chosen = (
+        number[:, None, None] for number in (top, left, height, width, chosen))      # N×1×1
+    row, column = torch.arange(h, device=device)[:, None], torch.arange(w, device=device)
+    hole = (row >= top) & (row < top + height) & (column >= left) & (column < left + width)
+    return images.masked_fill((hole & (chosen < probability))[:, None], 0.0)
 
 
 # ---- From stored bytes to what the network sees -----------------------------------------------
@@ -262,7 +260,7 @@ def load_mnist(name: str, data_dir: Path) -> list[Tensor]:
             save(raw / name, content)
     if not contents:
         raise UserError(f"MNIST is not in {raw} and could not be fetched ({'; '.join(tried)}). Put "
-                        f"these four files there, gzipped or not: {', '.join(MNIST_MD5)}. "
+                        f"these four files there, unpacked: {', '.join(MNIST_MD5)}. "
                         "--data-dir names another folder; --data synthetic needs no files")
     # LeCun's IDX format: 4 bytes say that these are bytes, and in how many dimensions; 4 more for
     # the size of each; then come the numbers. Images have three dimensions, labels one.
@@ -272,21 +270,16 @@ def load_mnist(name: str, data_dir: Path) -> list[Tensor]:
 
 
 def read_checked(raw: Path) -> list[bytes] | None:
-    """The bytes of the four files in `raw`, plain or gzipped, or None if one is missing or damaged,
-    which is said on stderr."""
-    contents, paths = {}, [raw / (name + end) for name in MNIST_MD5 for end in ("", ".gz")]
-    for path in filter(Path.exists, paths):
-        try:
-            # The checksum is that of the unpacked file: it finds every kind of damage, also a
-            # download that was cut off or a web page in the place of the file.
-            content = gzip.decompress(path.read_bytes()) if path.suffix else path.read_bytes()
-            if hashlib.md5(content).hexdigest() == MNIST_MD5[path.stem]:
-                contents[path.stem] = content
-            else:
-                print(f"data: {path} is damaged (its MD5 is not MNIST's)", file=sys.stderr)
-        except Exception as error:                   # gzip, zlib and the disk fail in many ways
-            print(f"data: {path} cannot be read ({reason(error)})", file=sys.stderr)
-    return list(contents.values()) if len(contents) == 4 else None
+    """The bytes of the four files in `raw`; None if one is missing or, said on stderr, damaged."""
+    contents = []
+    for path in filter(Path.exists, (raw / name for name in MNIST_MD5)):
+        contents.append(path.read_bytes())
+        # The checksum finds every kind of damage, also a download that was cut off, or a web page
+        # in the place of the file.
+        if hashlib.md5(contents[-1]).hexdigest() != MNIST_MD5[path.name]:
+            print(f"data: {path} is damaged (its MD5 is not MNIST's)", file=sys.stderr)
+            return None
+    return contents if len(contents) == 4 else None
 
 
 def from_torchvision(dataset: str, folder, **options):
@@ -362,8 +355,6 @@ class Parser(argparse.ArgumentParser):
 
 def run_command(main) -> None:
     """Run a script's main; a UserError becomes one line on stderr and exit code 2, no traceback."""
-    if hasattr(sys.stdout, "reconfigure"):           # a notebook's cannot; closed, it is None
-        sys.stdout.reconfigure(errors="replace")     # "?" for what a terminal cannot show
     try:
         main()
         print(end="", flush=True)                    # a full disk shows here, not after the end

@@ -8,7 +8,6 @@ Synthetic digits stand in for MNIST; the tests that need the real one use it whe
 """
 import contextlib
 import csv
-import gzip
 import inspect
 import io
 import math
@@ -117,15 +116,13 @@ def test_a_damaged_file_is_named_and_fetched_again_or_one_line_helps(tmp_path, m
         contents[name] = bytes(16 + 5 * 784 if "images" in name else 8 + 5)
         data.save(here / "MNIST/raw" / name, contents[name])
         monkeypatch.setitem(data.MNIST_MD5, name, data.hashlib.md5(contents[name]).hexdigest())
-    path, twin = (here / f"MNIST/raw/t10k-labels-idx1-ubyte{suffix}" for suffix in ("", ".gz"))
-    good, archive = path.read_bytes(), bytearray(gzip.compress(bytes(range(256)) * 50))
-    archive[30:60] = bytes(30)                                  # flipped bits inside an archive
-    path.write_bytes(good[:-1]), twin.write_bytes(archive)
+    path = here / "MNIST/raw/t10k-labels-idx1-ubyte"
+    path.write_bytes(contents[path.name][:-1])
     before = sorted(tmp_path.rglob("*"))
     for source in ("from_torchvision", "from_npm"):
         monkeypatch.setattr(data, source, fetch)
     error = run(data, "--data-dir", here, code=2)[1]
-    assert "ubyte is damaged" in error and "ubyte.gz cannot be read" in error
+    assert "t10k-labels-idx1-ubyte is damaged" in error
     for needed in ("timed out", "t10k-labels-idx1-ubyte", "--data synthetic"):
         assert needed in error.splitlines()[-1]
     assert sorted(tmp_path.rglob("*")) == before
@@ -133,10 +130,7 @@ def test_a_damaged_file_is_named_and_fetched_again_or_one_line_helps(tmp_path, m
     loaded = data.load("mnist", here)
     assert loaded.train[0].shape == (5, 1, 28, 28) and loaded.train[0].dtype == torch.uint8
     assert loaded.test[1].dtype == loaded.train[1].dtype == torch.int64     # what indexes logits
-    assert path.read_bytes() == good
-    monkeypatch.setattr(data, "from_npm", fetch)
-    path.write_bytes(b"damaged"), twin.write_bytes(gzip.compress(good))     # the sound one is used
-    assert torch.equal(data.load("mnist", here).test[1], loaded.test[1])
+    assert path.read_bytes() == contents[path.name]
 
 def test_a_file_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
@@ -482,7 +476,7 @@ WRONG_INPUT = {
     lr_finder: {
         "--grid sgd=0.1": "invalid cell value: 'sgd=0.1'", "--grid sgd:-1,0": "-1 must be at least",
         "--grid sgd:1e40,0": "at most 1000000000", "--grid adam:1e-3,1e308": "at most 1000000000",
-        "--grid=": "invalid cell value: ''", "--factor 1": "at least", "--lrr 3": "arguments: --lrr",
+        "--grid=": "invalid cell value: ''", "--factor 1": "at least", "--lrr 3": ": --lrr",
         "--limit 640 --batch-size 32 --factor 1.0001 --steps 20": "the loss never fell"}}
 
 @pytest.mark.parametrize("script, flags, said", [
@@ -709,7 +703,7 @@ def test_ink_confirms_convnext_global_norms_and_gates_and_exposes_a_wrong_formul
     rows, signs = inked(ConvNeXt([CNBlockConfig(*width) for width in widths], 0.1), (3, 64, 96))
     last, before = [[row for row in rows if row.axes[0].jump == 32][i] for i in (-1, 0)]
     assert last.axes[0].dim == 2 and "!" not in signs
-    assert last.axes[0].size - before.axes[0].size == 3 * 6 * 32   # three times 7×7 from the map's first
+    assert last.axes[0].size - before.axes[0].size == 3 * 6 * 32      # three times 7×7
     for layer in (nn.GroupNorm(2, 4), nn.LayerNorm((4, 7, 7)), nn.Softmax(2)):
         rows, signs = inked(nn.Sequential(C, layer, nn.Conv2d(4, 1, 1)), (1, 9, 9))
         assert rows[0].axes[0].jump == 1 and rows[1].axes[0].jump == 0 and "!" not in signs
@@ -948,8 +942,8 @@ def test_a_lasting_explosion_ends_the_sweep_which_leaves_network_and_random_numb
 def test_the_range_test_ends_with_the_command_to_go_on_with(run, tmp_path):
     flags = "--opt adam --factor 1.2 --start 1e-5 --steps 80 --no-nesterov --out".split()
     text, _ = run(lr_finder, *QUICK, *flags, tmp_path)
-    assert re.search(r"next: python train.py --data synthetic --limit 640 --batch-size 32 --opt adam"
-                     r" --no-nesterov --sched onecycle --lr 0\.\d+\n", text)
+    assert re.search(r"next: python train.py --data synthetic --limit 640 --batch-size 32 --opt "
+                     r"adam --no-nesterov --sched onecycle --lr 0\.\d+\n", text)
     assert "\x1b" not in text and Image.open(tmp_path / "lr_range.png").size[0] >= 600
 
 def test_a_search_halves_its_cells_and_never_writes_over_a_table(monkeypatch, run, tmp_path):

@@ -288,20 +288,16 @@ def save_run(folder: Path | None, config: dict, rows: list[dict], parts: dict) -
     # scheduler knows how far it got, and the average is not the network: without any of the three
     # the next step would be another one than if nothing had happened.
     states = {name: part.state_dict() for name, part in parts.items()}
-    save_pt(folder / "checkpoint.pt", {"config": config, "rows": rows, **states})
+    contents = {"checkpoint.pt": {"config": config, "rows": rows, **states}}
+    if len(rows) == config["epochs"]:                # the end: what analyze.py and others load
+        contents["weights.pt"] = {"config": config, "weights": states["average"]}
+    for name, content in contents.items():
+        torch.save(content, file := io.BytesIO())    # into memory: save() alone writes files
+        save(folder / name, file.getvalue())
     save(folder / "config.json", json.dumps(config, indent=1))           # for people to read
     if rows:
         save(folder / "log.csv", to_csv(rows))
         curves(rows, folder / "curves.png")
-    if len(rows) == config["epochs"]:                # the end: what analyze.py and others load
-        save_pt(folder / "weights.pt", {"config": config, "weights": states["average"]})
-
-
-def save_pt(path: Path, content: dict) -> None:
-    """torch.save into memory first: a full disk is then one kind of error, in one place."""
-    file = io.BytesIO()
-    torch.save(content, file)
-    save(path, file.getvalue())
 
 
 def new_folder(out: Path) -> Path:
@@ -364,42 +360,42 @@ LR, DECAY = number(float, 1e-12), number(float, 0)
 
 
 def make_parser() -> Parser:
-    """All flags. lr_finder.py understands them, too.
-
-    The lecture's ranges, to start from: batches of 32 to 256. sgd: lr 1e-3 to 1e-1, momentum 0.9,
-    decay 1e-4 to 5e-4. adam: lr 3e-4 to 1e-3, decay 0 to 5e-4; adamw: decay 1e-2 to 1e-1. rmsprop:
-    lr 1e-4 to 1e-3. Dropout 0.05 to 0.2, label smoothing 0.05, clipping at a norm of 0.5 to 5.
-    """
+    """All flags; lr_finder.py passes those that are not its own on to this parser."""
     parser = Parser(prog="train.py", description="Train a network on MNIST.")
     add, switch = parser.add_argument, argparse.BooleanOptionalAction
+    # What is trained. Dropout: 0.05 to 0.2 is usual (all ranges here are the lecture's).
     add("--model", choices=NETWORKS, default="default", help="a network of model.py")
     add("--head", choices=("place", "conv", "linear"), help="last layers of our own networks")
-    add("--down", choices=("pool", "late", "overlap", "stride"), help="how the default network halves maps")
+    add("--down", choices=("pool", "late", "overlap", "stride"), help="how the default halves maps")
     add("--activation", choices=("silu", "relu"), help="what follows its batch norms")
     add("--dropout", type=number(float, 0, 0.9), help="probability, before its head")
+    # On which images. Choices are made on --val, results reported on the test set.
     add("--data", choices=NAMES, default="mnist", help="which data set")
     add("--data-dir", type=user_path, default="data", help="where the data set is or will be put")
     add("--augment", choices=PRESETS, default="default", help="how images are varied")
+    add("--val", type=number(int, 0), default=0, help="hold out the last VAL training images")
+    add("--limit", type=number(int, 1), help="train on the first LIMIT images only")
+    # By which steps. sgd: rates of 1e-3 to 1e-1, decay 1e-4 to 5e-4. adam: 3e-4 to 1e-3, decay 0 to
+    # 5e-4; adamw: decay 1e-2 to 1e-1. rmsprop: 1e-4 to 1e-3. Clipping at a norm of 0.5 to 5.
     add("--opt", choices=DEFAULT_LR, default="sgd", help="optimizer")
+    add("--lr", type=LR, help="with onecycle the maximum; None: by --opt, --sched and --epochs")
+    add("--sched", choices=SCHEDULES, default="onecycle", help="how the rate changes")
+    add("--step-every", type=number(int, 1), help="epochs between halvings of --sched step")
     add("--momentum", type=number(float, 0, 0.9999), default=0.9, help="beta1 of the Adams, too")
     add("--nesterov", action=switch, default=True, help="look ahead, with sgd's momentum")
     add("--weight-decay", type=DECAY, help="None: by optimizer")
     add("--decay-all", action=switch, default=False, help="also of batch norm and biases")
+    add("--clip", type=number(float, 0), default=0.0, help="largest gradient norm; 0 is off")
+    # For how long, and against learning by heart. Batches of 32 to 256, label smoothing 0.05.
+    add("--epochs", type=number(int, 1, 9999), default=18, help="passes over the images")
     add("--batch-size", type=number(int, 1), help="images a step; None: by --epochs")
     add("--label-smoothing", type=number(float, 0, 0.9), help="share spread evenly; None: likewise")
-    add("--clip", type=number(float, 0), default=0.0, help="largest gradient norm; 0 is off")
     add("--ema", type=number(float, 0, 1), default=0.07,
         help="window of the moving average of the weights, a share of all steps; 0 is off")
-    add("--val", type=number(int, 0), default=0, help="hold out the last VAL training images")
-    add("--limit", type=number(int, 1), help="train on the first LIMIT images only")
+    # Which run, and where.
     add("--seed", type=number(int, 0), default=0, help="of all random numbers")
-    add("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto", help="auto: fastest")
-
-    add("--sched", choices=SCHEDULES, default="onecycle", help="how the rate changes")
-    add("--step-every", type=number(int, 1), help="epochs between halvings of --sched step")
-    add("--lr", type=LR, help="with onecycle the maximum; None: by --opt, --sched and --epochs")
-    add("--epochs", type=number(int, 1, 9999), default=18, help="passes over the images")
     add("--runs", type=number(int, 1), default=1, help="how many seeds to train, from --seed on")
+    add("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto", help="auto: fastest")
     add("--out", type=user_path, default="runs", help="where run folders are made")
     add("--resume", type=user_path, metavar="RUN", help="go on with this run folder")
     add("--sanity", action="store_true", help="check the setup in a few seconds; train nothing")
