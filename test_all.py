@@ -470,8 +470,8 @@ WRONG_INPUT = {
         f"--device {'mps' if torch.cuda.is_available() else 'cuda'}": "--device cpu would",
         "--resume run --epochs 18": "leave out --epochs"},      # a run keeps its settings
     rf: {
-        "--input 1x20": "each 1 to 2048", "--input 1x0x20": "to 2048", "--model n9": "choice",
-        "--torchvision resnet5": "no classifier 'resnet5'", "--model n1 --input 1x6x6": "pool less",
+        "--input 1x20": "does not fit", "--input 1xx20": "invalid shape value", "--model n9": "choice",
+        "--torchvision resnet5": "torchvision has no resnet5", "--model n1 --input 1x6x6": "pool less",
         "--input 3x28x28": "wants 1 channels", "--erf --model tiny --out .": "-> '.'"},
     lr_finder: {
         "--grid sgd=0.1": "invalid cell value: 'sgd=0.1'", "--grid sgd:-1,0": "-1 must be at least",
@@ -484,7 +484,7 @@ WRONG_INPUT = {
     ids=lambda part: str(part)[:30] * isinstance(part, str))
 def test_wrong_input_gets_one_line_and_exit_code_2(script, flags, said, run, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
-    first = [] if "--resume" in flags else ["--data", "synthetic"]
+    first = [] if "--resume" in flags or script is rf else ["--data", "synthetic"]
     assert said in run(script, *first, *flags.split(), code=2)[1]
     assert not [*tmp_path.rglob("*.pt"), *tmp_path.glob("runs/*")]      # no run is left behind
 

@@ -68,6 +68,9 @@ def train(config: dict, data: Data, folder: Path | None = None, state: dict | No
         started = time.perf_counter()
         net.train()                                  # dropout on; batch norm uses the batch's mean
         loss_sum = correct = seen = 0
+        # The loss to lower is that of all images. A batch of 128 gives a noisy estimate of its
+        # gradient for 1/469 of the price, so there are 469 steps an epoch in place of a single one,
+        # and the noise averages out over them.
         for batch_id, (images, labels) in enumerate(batches(*data.train, config["batch_size"])):
             # Forward: uint8 B×1×28×28 -> varied, mean 0, size 1 -> ten scores an image, B×10.
             x = normalize(augment(images, config["augment"]), data.mean, data.std)
@@ -107,7 +110,8 @@ def train(config: dict, data: Data, folder: Path | None = None, state: dict | No
                        "train_accuracy": 100 * float(correct) / seen}
                 show(row, seen, started)
                 require_finite(row["train_loss"], row)
-        # Look at images that nothing was learned from, through the averaged weights.
+        # Look at images that nothing was learned from, through the averaged weights. Accuracy is
+        # what counts, but it moves in steps of one image; the loss also tells how sure it is.
         for name in ("val", "test"):
             if len(getattr(data, name)[0]):
                 found = evaluate(average, *getattr(data, name), data.mean, data.std)
@@ -163,7 +167,8 @@ def require_finite(loss: float, row: dict) -> None:
 # g is the gradient, w a weight, η the learning rate. Two default rates each: the first for
 # schedules that start with it, in the usual range (sgd 1e-3 to 1e-1, the Adams 3e-4 to 1e-3,
 # rmsprop 1e-4 to 1e-3); the second is OneCycle's maximum, which is touched for a moment only, so it
-# may be a good deal larger, and should be. lr_finder.py measures where it lies.
+# may be a good deal larger, and should be. lr_finder.py measures where it lies. (The Adams divide by
+# the size of the gradient and sgd does not: a rate of one says nothing about that of the other.)
 
 DEFAULT_LR = {"sgd": (0.05, 0.4), "adam": (1e-3, 2e-2), "adamw": (1e-3, 2e-2),
               "rmsprop": (1e-3, 6e-3)}
@@ -211,8 +216,10 @@ SCHEDULES = ("none", "step", "cosine", "onecycle", "plateau")
 def make_scheduler(config: dict, optimizer, steps: int):
     """How the rate η changes from step to step, `steps` to an epoch. Raises UserError.
 
-    Large steps get far and bounce; small ones settle. All but "plateau" are stepped after each
-    batch; plateau is stepped after each epoch, with the loss of held-out images.
+    Large steps get far and bounce: near a minimum the noise of the batches throws them out of it
+    again, and the larger the rate, the farther. Small steps settle, but get nowhere in a short
+    time. So: first large, then small. All but "plateau" are stepped after each batch; plateau is
+    stepped after each epoch, with the loss of held-out images.
     """
     name, total = config["sched"], config["epochs"] * steps
     if name == "none":                               # η                                  ‾‾‾‾‾‾‾‾
@@ -314,7 +321,7 @@ def printer(config: dict, data: Data):
     see it, and prints the notes' two lines after it (a third one for held-out images)."""
     # A file or a pipe gets whole lines only; a terminal or a notebook one that is drawn over.
     live = sys.stdout and (sys.stdout.isatty() or "ipykernel" in sys.modules)
-    total, epochs = len(data.train[0]), config["epochs"]
+    total, epochs = len(data.train[0]), config["epochs"]         # total: images in an epoch
 
     def show(row, seen=0, started=0.0):
         if seen and live:                            # within an epoch; "\r" goes back to its start
@@ -426,7 +433,7 @@ def open_run(args) -> tuple[dict, dict | None]:
     here = {"--data-dir": "data_dir", "--device": "device"}
     if wrong := given - here.keys():                 # anything else would make another training
         raise UserError(f"--resume keeps the run's own settings: leave out {' '.join(wrong)}")
-    state = read_pt(args.resume / "checkpoint.pt")
+    state = read_pt(args.resume / "checkpoint.pt")   # checked: whole, finite, and ours
     return config | state["config"] | {here[flag]: config[here[flag]] for flag in given}, state
 
 
@@ -440,12 +447,12 @@ def main() -> None:
           f"{config['opt']}, {config['sched']}, lr {config['lr']:g}")
     if args.sanity:
         raise SystemExit(0 if sanity(config, data) else 1)
-    accuracies = []
+    accuracies = []                                  # of the last epoch, one for each seed
     for config["seed"] in range(config["seed"], config["seed"] + args.runs):     # all else equal
         folder = args.resume or new_folder(args.out)
         try:
             net, rows = train(config, data, folder, state, printer(config, data))
-        except KeyboardInterrupt:
+        except KeyboardInterrupt:                    # Ctrl-C: the epochs that are done are saved
             print(f"\nstopped. Go on with: python train.py --resume {folder.as_posix()}" if
                   (folder / "checkpoint.pt").exists() else "\nstopped; nothing is trained yet")
             raise
