@@ -30,7 +30,6 @@ from model import INPUT_SHAPES, build, count_parameters
 
 # ---- The evaluation loop, and what its numbers say --------------------------------------------
 
-
 @torch.no_grad()                             # no gradient is wanted: keep no layer's output for one
 def evaluate(net: nn.Module, images: Tensor, labels: Tensor, mean, std, batch_size=1000) -> dict:
     """Loss (mean over the images), accuracy (0 to 1), logits (N×10, on the CPU) of uint8 images."""
@@ -47,7 +46,6 @@ def evaluate(net: nn.Module, images: Tensor, labels: Tensor, mean, std, batch_si
     return {"logits": logits, "loss": F.cross_entropy(logits, labels).item(),
             "accuracy": (logits.argmax(1) == labels).double().mean().item()}
 
-
 def wilson(correct: int, total: int, z=1.96) -> tuple[float, float]:
     """The 95% interval of an accuracy (Wilson, 1927): all true accuracies for which the observed
     one, p, would be within 1.96 standard deviations, that is, no surprise.
@@ -60,7 +58,6 @@ def wilson(correct: int, total: int, z=1.96) -> tuple[float, float]:
     half = z / (1 + z2) * math.sqrt((p * (1 - p) + z2 / 4) / total)
     return centre - half, centre + half
 
-
 def calibration(logits: Tensor, labels: Tensor, bins=15) -> tuple[float, float]:
     """Is it right in 90% of the cases in which it is 90% sure? Returns its mean confidence (largest
     probability) and the expected calibration error (Guo et al., 2017): in bins by confidence, how
@@ -71,7 +68,6 @@ def calibration(logits: Tensor, labels: Tensor, bins=15) -> tuple[float, float]:
     # never "90% right", so it takes bins; a single bin would let too sure cancel too shy.
     gaps = torch.zeros(bins).index_add(0, bin_of, confidence - (predictions == labels).float())
     return confidence.mean().item(), gaps.abs().sum().item() / len(labels)
-
 
 def suspects(logits: Tensor, labels: Tensor) -> list[tuple[int, int, int, float, float]]:
     """All N images, the least believed label first, from R×N×10 logits of R runs, one or more:
@@ -86,7 +82,6 @@ def suspects(logits: Tensor, labels: Tensor) -> list[tuple[int, int, int, float,
     best, other = probabilities.scatter(1, own, -1.0).max(1)         # the label is out of the way
     columns = (torch.arange(len(labels)), labels, other, given, given - best)
     return sorted(zip(*(column.tolist() for column in columns)), key=lambda row: row[-1])
-
 
 def report_run(folder: Path, net: nn.Module, config: dict, data, out: Path) -> None:
     """Print the report of one run and draw its pictures."""
@@ -128,7 +123,6 @@ def report_run(folder: Path, net: nn.Module, config: dict, data, out: Path) -> N
     shown = [0, 1, 2, 3] + [row[0] for row in ranked[:4]]            # ordinary ones, and the worst
     draw_evidence(net, config, images[shown], out / "features.png")
 
-
 def report_suspects(runs: list, data, out: Path) -> None:
     """Print the 20 least believed test labels of one run or several, and draw more of them. This
     proves nothing: runs of one recipe share their blind spots, and an odd digit with a right label
@@ -142,9 +136,7 @@ def report_suspects(runs: list, data, out: Path) -> None:
         print("#{:<5} label {}, or {}?  confidence {:.4f}, margin {:+.3f}".format(*row))
     draw_ranked(ranked, data.test[0], out / "suspects.png")
 
-
 # ---- Your own digit ---------------------------------------------------------------------------
-
 
 def open_picture(path) -> Tensor:
     """A picture as numbers from 0 to 1, C×H×W, upright, at most 128 pixels wide and high: one
@@ -160,7 +152,6 @@ def open_picture(path) -> Tensor:
     except Exception as error:               # each format is damaged in its own way
         raise UserError(f"--image {path} cannot be read as a picture ({reason(error)})")
     return x.movedim(2, 0) / x.abs().max().clamp(min=1e-9)
-
 
 def prepare(picture: Tensor) -> Tensor:
     """A picture C×H×W of one digit as MNIST would hold it, uint8 1×1×28×28, light on black. Raises
@@ -196,7 +187,6 @@ def prepare(picture: Tensor) -> Tensor:
     left = round(14 - np.average(range(w), weights=ink.sum(0)))
     return (255 * F.pad(ink, (left, 28 - w - left, top, 28 - h - top))).byte()[None, None]
 
-
 def report_image(path: Path, net: nn.Module, config: dict, out: Path) -> None:
     """Print what the network is shown and the ten probabilities, and draw the evidence maps."""
     if INPUT_SHAPES[config["model"]] != (1, 28, 28):
@@ -208,19 +198,16 @@ def report_image(path: Path, net: nn.Module, config: dict, out: Path) -> None:
         print(f"{digit}  {p:7.2%}")
     draw_evidence(net, config, image, out / "image.png")
 
-
 # ---- Pictures ---------------------------------------------------------------------------------
 
 INK, GREY, PALE, font = "#222222", "#6b6b6b", "#e3e3e3", ImageFont.load_default
 LINES = ("#1f6fb4", "#d9622b", "#2e8b57", "#8e44ad", "#b8860b", "#008b8b", "#c2185b", "#555555")
-
 
 def draw_ranked(ranked: list, images: Tensor, path) -> None:
     """A gallery of the 48 images whose labels `suspects` ranks as the least believed."""
     gallery([tile(images[row[0]]) for row in ranked[:48]],
             ["#{0}  {4:+.2f}\nlabel {1}, or {2}?".format(*row) for row in ranked[:48]], path, title=
             "The least believed labels: #index, margin (below 0: an error, -1: a sure one)")
-
 
 @torch.no_grad()
 def evidence_maps(net: nn.Module, x: Tensor) -> Tensor | None:
@@ -230,7 +217,6 @@ def evidence_maps(net: nn.Module, x: Tensor) -> Tensor | None:
     if isinstance(head, nn.Sequential) and isinstance(head[0], nn.Conv2d):
         maps = nn.Sequential(*body, *head[:-2])(x)       # all but the average and its flattening
         return maps / maps[0, 0].numel()
-
 
 def draw_evidence(net: nn.Module, config: dict, images: Tensor, path) -> None:
     """A row an image: the image, then its ten evidence maps on one scale, each with its sum."""
@@ -244,7 +230,6 @@ def draw_evidence(net: nn.Module, config: dict, images: Tensor, path) -> None:
     gallery(tiles, texts, path, 11, 3, "Where it sees evidence for each digit (bright) or against "
             "it (dark)\nThe number is the sum of the map: the digit's logit")
 
-
 def curves(rows: list[dict], path) -> None:
     """The notes' 2×2 figure, from a log's rows: loss and accuracy in percent, train and test."""
     epochs = [row["epoch"] for row in rows]
@@ -253,7 +238,6 @@ def curves(rows: list[dict], path) -> None:
                 for name in names if f"{name}_{kind}" in rows[0]}}
            for kind, unit in (("loss", "mean"), ("accuracy", "percent"))
            for title, *names in (("Augmented training", "train"), ("Test", "test", "val"))], path)
-
 
 def axis(values, log=False):
     """(places, ticks) of an axis on which all these values lie. places(values) go from 0, its low
@@ -272,7 +256,6 @@ def axis(values, log=False):
     step = next(step for step in steps if span <= 7 * step)
     ticks = [i * step for i in range(math.ceil(low / step), math.floor((low + span) / step) + 1)]
     return places, [((x - low) / span, f"{10 ** x:.2g}" if log else f"{x:.6g}") for x in ticks]
-
 
 def draw_panel(panel: dict, width: int, height=420) -> Image.Image:
     """The axes and lines of one panel of a chart, the lines' names at the right."""
@@ -302,7 +285,6 @@ def draw_panel(panel: dict, width: int, height=420) -> Image.Image:
                 draw.circle(here, 4, colour)             # a single point is seen, too
     return image.reduce(2)                               # drawn twice as large: halving smooths it
 
-
 def chart(panels: list[dict], path, columns=2) -> None:
     """Draw line charts into one PNG, panels 600 pixels wide (900 in a single column):
 
@@ -314,11 +296,9 @@ def chart(panels: list[dict], path, columns=2) -> None:
     gallery([draw_panel(panel, 900 if columns == 1 else 600) for panel in panels],
             ["{title}: {y} by {x}".format(**panel) for panel in panels], path, columns, 1)
 
-
 def tile(image: Tensor) -> Image.Image:
     """A picture of a tensor C×H×W, 0 to 255, of one channel or three."""
     return Image.fromarray(image.cpu().byte().expand(3, -1, -1).permute(1, 2, 0).numpy())  # H×W×3
-
 
 def heat(values: Tensor, limit=None) -> Image.Image:
     """H×W numbers as a picture, one pixel each, dark to bright from the smallest to the largest, or
@@ -326,7 +306,6 @@ def heat(values: Tensor, limit=None) -> Image.Image:
     low, high = (values.min(), values.max()) if limit is None else (-limit, limit)
     grey = (values.detach() - low) / max(high - low, 1e-12) * 255
     return ImageOps.colorize(tile(grey[None]).convert("L"), "#08051d", "#ffee2a", mid="#bc3754")
-
 
 def gallery(tiles: list, captions: list[str], path, columns=8, zoom=4, title="") -> None:
     """Tiles (one or more) in rows, all enlarged to `zoom` times the largest one's size; below each
@@ -344,9 +323,7 @@ def gallery(tiles: list, captions: list[str], path, columns=8, zoom=4, title="")
     sheet.save(content := io.BytesIO(), "PNG")
     save(path, content.getvalue())
 
-
 # ---- Runs, and the command line ---------------------------------------------------------------
-
 
 def read_pt(path) -> dict:
     """What train.py saved in a .pt file, "config" and more; the only place that loads one. Raises
@@ -367,12 +344,10 @@ def read_pt(path) -> dict:
                         f"({type(error).__name__}): python train.py trains a new run")
     return state
 
-
 def find_run(run=None) -> Path:
     """The given run folder, or the last one under runs/, where train.py numbers them."""
     found = [path.parent for path in sorted(Path("runs").glob("*/weights.pt"))]
     return Path(run or [Path("runs/001"), *found][-1])   # read_pt will say that 001 is missing
-
 
 def load_run(folder) -> tuple[nn.Module, dict]:
     """(network in eval mode on the CPU, configuration) of a run of train.py. Raises UserError."""
@@ -386,11 +361,9 @@ def load_run(folder) -> tuple[nn.Module, dict]:
         raise UserError(f"{folder}/weights.pt fits no network of model.py ({type(error).__name__})")
     return net, config
 
-
 def mean_std_of(config: dict) -> tuple[Tensor, Tensor]:
     """The numbers that the run normalized its images with, each 1×C×1×1."""
     return tuple(torch.tensor(config[name]).view(1, -1, 1, 1) for name in ("mean", "std"))
-
 
 def main() -> None:
     parser = Parser(prog="analyze.py", description="What a trained network gets wrong, and why.")
@@ -412,7 +385,6 @@ def main() -> None:
     else:
         report_run(folders[0], *runs[0], data, out)
     print(f"\ndrawn in {out}")
-
 
 if __name__ == "__main__":
     run_command(main)

