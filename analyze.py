@@ -30,7 +30,7 @@ from model import INPUT_SHAPES, build, count_parameters
 
 # ---- The evaluation loop, and what its numbers say --------------------------------------------
 
-@torch.no_grad()                             # no gradient is wanted: keep no layer's output for one
+@torch.no_grad()                             # no backward follows: do not keep layers' outputs
 def evaluate(net: nn.Module, images: Tensor, labels: Tensor, mean, std, batch_size=1000) -> dict:
     """Loss (mean over the images), accuracy (0 to 1), logits (N×10, on the CPU) of uint8 images."""
     was_training = net.training
@@ -344,10 +344,10 @@ def read_pt(path) -> dict:
                         f"({type(error).__name__}): python train.py trains a new run")
     return state
 
-def find_run(run=None) -> Path:
-    """The given run folder, or the last one under runs/, where train.py numbers them."""
-    found = [path.parent for path in sorted(Path("runs").glob("*/weights.pt"))]
-    return Path(run or [Path("runs/001"), *found][-1])   # read_pt will say that 001 is missing
+def find_run() -> Path:
+    """The last finished run under runs/, where train.py numbers them."""
+    found = sorted(Path("runs").glob("*/weights.pt"))
+    return found[-1].parent if found else Path("runs/001")           # read_pt: it is missing
 
 def load_run(folder) -> tuple[nn.Module, dict]:
     """(network in eval mode on the CPU, configuration) of a run of train.py. Raises UserError."""

@@ -118,30 +118,28 @@ def warp(images: Tensor, matrices: Tensor) -> Tensor:
     grid = F.affine_grid(matrices, images.shape, align_corners=False)                   # N×H×W×2
     return F.grid_sample(images, grid, padding_mode="zeros", align_corners=False)
 
-def gaussian_blur(images: Tensor, sigma: Tensor, size=5) -> Tensor:
+def gaussian_blur(images: Tensor, sigma: Tensor) -> Tensor:
     """Blur each image by its own sigma (N, in pixels), borders mirrored."""
     n, c, h, w = images.shape
-    reach = size // 2
-    offsets = torch.arange(-reach, reach + 1, device=images.device)
+    offsets = torch.arange(-2, 3, device=images.device)
     kernel = torch.softmax(-offsets ** 2 / (2 * sigma[:, None] ** 2), dim=1)            # N×5, sum 1
     kernel = kernel.repeat_interleave(c, 0)[:, None]                                    # NC×1×5
-    x = F.pad(images.view(1, n * c, h, w), (reach,) * 4, mode="reflect")     # zeros would darken
+    x = F.pad(images.view(1, n * c, h, w), (2,) * 4, mode="reflect")     # zeros would darken
     # A Gaussian is a product of one in x and one in y: 5 + 5 products in place of 25. All images
     # are channels of one big image, a group for each, because each has a kernel of its own.
     x = F.conv2d(x, kernel[:, :, None, :], groups=n * c)
     return F.conv2d(x, kernel[:, :, :, None], groups=n * c).view(n, c, h, w)
 
-def random_erase(images: Tensor, probability: float, area=(0.02, 0.25),
-                 aspect=(0.3, 3.3)) -> Tensor:
+def random_erase(images: Tensor, probability: float) -> Tensor:
     """Blacken one random rectangle in some of the images (Zhong et al., 2017).
 
-    `area` is the share of the image, `aspect` height over width, drawn log-uniform so that 1/3
-    is as likely as 3. These ranges always fit: the longest side is sqrt(0.25 · 3.3) = 0.91.
+    It covers 2% to 25% of the image. Its height over its width, 0.3 to 3.3, is drawn log-uniform,
+    so that 1/3 is as likely as 3. It always fits: the longest side is sqrt(0.25 · 3.3) = 0.91.
     """
     n, _, h, w = images.shape
     device = images.device
-    share = uniform(n, *area, device)
-    ratio = uniform(n, math.log(aspect[0]), math.log(aspect[1]), device).exp()
+    share = uniform(n, 0.02, 0.25, device)
+    ratio = uniform(n, math.log(0.3), math.log(3.3), device).exp()
     height, width = (h * (share * ratio).sqrt()).round(), (w * (share / ratio).sqrt()).round()
     y, x, chosen = torch.rand(3, n, device=device)
     top, left = (y * (h - height + 1)).floor(), (x * (w - width + 1)).floor()
@@ -163,13 +161,13 @@ def batches(images: Tensor, labels: Tensor, batch_size: int, shuffle=True) -> It
     for start in range(0, len(images), batch_size):
         index = slice(start, start + batch_size)     # the last one may reach beyond the end
         index = order[index] if shuffle else index
-        yield images[index], labels[index]           # new tensors, B×C×H×W and B
+        yield images[index], labels[index]           # B×C×H×W and B
 
 def normalize(x: Tensor, mean: Tensor, std: Tensor) -> Tensor:
     """Shift and scale to mean 0, standard deviation 1. Takes stored bytes or floats in 0 to 1.
 
-    He's initial weights (model.py) expect inputs of that size; without it, pixels of 0 to 255 start
-    with signals, and losses, a hundred times too large.
+    He's initial weights (model.py) expect inputs of that size; without it, and without batch norm,
+    pixels of 0 to 255 start with signals, and losses, a hundred times too large.
     """
     x = x.float() / 255 if x.dtype == torch.uint8 else x
     # channels_last keeps the C numbers of one pixel side by side in memory: the same values, and
@@ -339,7 +337,7 @@ def run_command(main) -> None:
         raise SystemExit(130)                        # the shell's code for Ctrl-C
     except (UserError, OSError) as error:
         if isinstance(error, OSError) and sys.stdout is sys.__stdout__:
-            sys.stdout = None                        # nobody reads what we print any more
+            sys.stdout = None                        # or Python's own flush at exit fails
         if isinstance(error, BrokenPipeError):       # `| head` has seen enough: that is no error
             raise SystemExit(141)
         print("error:", " ".join(str(error).split()), file=sys.stderr)

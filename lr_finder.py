@@ -5,7 +5,7 @@ watch the loss. It tells where learning starts, where it is fastest and where it
 coarse grid or a search with early stopping can look closer, on held-out images.
 
     python lr_finder.py                          sweep, figure, and a train.py command to go on with
-    python lr_finder.py --opt adam --model n3    for what is named by the same flags as train.py's
+    python lr_finder.py --opt adam --model n3    train.py's flags say what is swept
     python lr_finder.py --grid                   four classic configurations, one epoch each
     python lr_finder.py --search 8               8 random (lr, weight decay), the worse half stops
 
@@ -114,13 +114,9 @@ def pick_rates(rates: list[float], losses: list[float], beta=0.8) -> dict[str, f
     # maximum, touched for a moment only, may be four times as large (chosen on seeds 100 to 102).
     valley = next(i for i in range(first, lowest + 1) if curve[i] <= curve[first] - 0.8 * fall)
     picks = {"recommended": 4 * rates[valley], "valley": rates[valley]}
-    # The slope is that against log(lr), as in the figure: how much the loss falls from one rate to
-    # a tenth more of it.
-    logs = [math.log(rate) for rate in rates]
-    slopes = {i: (curve[i + 1] - curve[i - 1]) / (logs[i + 1] - logs[i - 1])
-              for i in range(1, lowest)}
-    if slopes:
-        picks["steepest"] = rates[min(slopes, key=slopes.get)]
+    # The slope is that against log(lr), as in the figure, where all steps are equally wide.
+    if lowest > 1:
+        picks["steepest"] = rates[min(range(1, lowest), key=lambda i: curve[i + 1] - curve[i - 1])]
     # At the lowest point the loss no longer falls: that rate is too large already.
     picks["minimum / 10"] = rates[lowest] / 10
     if losses[-1] > 2 * curve[lowest] or not math.isfinite(losses[-1]):
@@ -148,8 +144,8 @@ REASONS = {
 
 def sweep(config: dict, data: Data, **options) -> tuple[list[float], list[float]]:
     """range_test for a configuration of train.py, on its own training batches: the same network,
-    augmentation, loss and optimizer, or the rate found would be that of another training. Always in
-    float32 and without clipping, which would hide the explosion."""
+    augmentation, loss and optimizer, or the rate found would be that of another training. Without
+    clipping, which would hide the explosion."""
     endless = itertools.chain.from_iterable(         # one epoch after another, each shuffled anew
         batches(*data.train, config["batch_size"]) for _ in itertools.count())
 
@@ -243,7 +239,8 @@ def report(args, config: dict, data: Data) -> dict[str, float]:
 
 def main() -> None:
     parser = Parser(prog="lr_finder.py", description="Learning-rate range test, grid and search, "
-                    "for what the flags of train.py describe (except --lr and --sched).")
+                    "for what the flags of train.py describe (except --lr and --sched); --epochs "
+                    "is 1 if not given.")
     add = parser.add_argument
     add("--start", type=LR, default=1e-6, help="first rate")
     add("--factor", type=number(float, 1.0001), default=1.1, help="growth a step")
@@ -251,10 +248,9 @@ def main() -> None:
     add("--grid", type=cell, nargs="*", metavar="OPT:LR,DECAY",
         help="train each of these, such as sgd:0.1,5e-4 adam:1e-3,0; alone: four classic ones")
     add("--search", type=number(int, 1), metavar="N", help="halve N random pairs down to one")
-    add("--epochs", type=number(int, 1, 9999), default=1, help="of a trial in --grid, --search")
     add("--out", type=user_path, default="lr_finder", help="folder for lr_range.png and tables")
     args, words = parser.parse_known_args()          # words: the flags of train.py
-    config = make_config(make_parser().parse_args([*words, f"--epochs={args.epochs}"]))
+    config = make_config(make_parser().parse_args(["--epochs=1", *words]))     # words come later
     config["sched"] = "onecycle"
     if args.grid == []:
         args.grid = map(cell, "sgd:1e-1,5e-4 sgd:1e-2,5e-4 adam:3e-4,5e-4 adam:1e-3,0".split())

@@ -79,7 +79,7 @@ class Places(nn.Module):
     def __init__(self, channels: int, side: int):
         super().__init__()
         # They act as 1 at first, as the plain average, and are stored side times smaller: a step of
-        # the optimizer then moves them side² = 49 times as far, which small networks and short
+        # sgd then moves them side² = 49 times as far, which small networks and short
         # trainings need. (Stored as 1/side², 2,401 times: large rates break that training.)
         self.weight = nn.Parameter(torch.full((channels, side, side), 1 / side))
 
@@ -133,7 +133,7 @@ def default(head="place", down="pool", activation="silu", dropout=0.1) -> nn.Seq
       of 15→24 and three of 24→24 use up the budget.
     - SiLU, x·sigmoid(x), in place of ReLU (Elfwing et al., 2017): the same shape without the kink,
       and no unit is ever quite dead. `--activation relu` tells what it is worth.
-    - Dropout only once, where the features meet the head: on whole maps it costs more time.
+    - Dropout only once, where the features meet the head: on larger maps it costs more time.
     """
     act = {"silu": nn.SiLU, "relu": nn.ReLU}[activation]
     return nn.Sequential(
@@ -158,7 +158,7 @@ def tiny(head="place") -> nn.Sequential:
     )
 
 def micro(head="place") -> nn.Sequential:
-    """The limit: how far do 1,863 parameters go? A third of them says where evidence counts. Work
+    """The limit: how far do 1,863 parameters go? A quarter of them says where evidence counts. Work
     costs no parameters, so this network pools a layer later and spends it on 28×28 maps."""
     return nn.Sequential(
         block(1, 6, activation=nn.SiLU),               # 6×28×28    RF 3           66
@@ -202,10 +202,12 @@ def n1() -> nn.Sequential:
         nn.Dropout(0.1),                               # 10         RF all          0
     )
 
+def conv(c_in: int, c_out: int, kernel=3, padding=1) -> nn.Sequential:
+    """Convolution and ReLU, no batch norm: for the notes' first attempts."""
+    return nn.Sequential(nn.Conv2d(c_in, c_out, kernel, padding=padding), nn.ReLU())
+
 def n2_plain() -> nn.Sequential:
     """Iteration 1 of four: convolution and ReLU only."""
-    def conv(c_in, c_out, kernel=3, padding=1):
-        return nn.Sequential(nn.Conv2d(c_in, c_out, kernel, padding=padding), nn.ReLU())
     return nn.Sequential(
         conv(1, 16),                                   # 16×28×28   RF 3          160
         conv(16, 16),                                  # 16×28×28   RF 5        2,320
@@ -239,8 +241,6 @@ def n2() -> nn.Sequential:
 
 def n3_original() -> nn.Sequential:
     """The starting point: wide, no batch norm, no dropout. The notes say "about 2.3M"."""
-    def conv(c_in, c_out, padding=1):
-        return nn.Sequential(nn.Conv2d(c_in, c_out, 3, padding=padding), nn.ReLU())
     return nn.Sequential(
         conv(1, 32),                                   # 32×28×28   RF 3          320
         conv(32, 64),                                  # 64×28×28   RF 5       18,496
@@ -248,8 +248,8 @@ def n3_original() -> nn.Sequential:
         conv(64, 128),                                 # 128×14×14  RF 10      73,856
         conv(128, 256),                                # 256×14×14  RF 14     295,168
         nn.MaxPool2d(2),                               # 256×7×7    RF 16           0
-        conv(256, 512, 0),                             # 512×5×5    RF 24   1,180,160
-        conv(512, 1024, 0),                            # 1024×3×3   RF 32   4,719,616
+        conv(256, 512, 3, 0),                          # 512×5×5    RF 24   1,180,160
+        conv(512, 1024, 3, 0),                         # 1024×3×3   RF 32   4,719,616
         nn.Conv2d(1024, 10, 3),                        # 10×1×1     RF 40      92,170
         nn.Flatten(),                                  # 10         RF all          0
     )

@@ -37,7 +37,7 @@ from torch import Tensor, nn
 from torch.fx.node import map_aggregate                # through lists, tuples and dictionaries
 from torch.overrides import TorchFunctionMode          # to see each call of a network's functions
 
-from analyze import find_run, gallery, heat, load_run
+from analyze import gallery, heat, load_run
 from model import INPUT_SHAPES, build, count_parameters
 
 # ---- The arithmetic, along one axis -----------------------------------------------------------
@@ -173,7 +173,9 @@ class Follower(TorchFunctionMode):
         self.kind, self.inputs = kind, inputs
         self.windows = windows_of(self.kind, self.path[-1][1], args[1:], kwargs)
         self.cost = args[1][0].numel() if self.kind in ("conv2d", "linear") else 0    # of one unit
-        value = map_aggregate(func(*args, **kwargs), self.see)
+        value = func(*args, **kwargs)
+        if not isinstance(value, torch.Size):          # it would come back as a plain tuple
+            value = map_aggregate(value, self.see)
         self.kind = ""                                 # an error from here on is not this call's
         return value
 
@@ -184,8 +186,9 @@ class Follower(TorchFunctionMode):
         before, out = self.inputs[0], tuple(result.shape[1:])
         if before.dim() == 4 and len(out) < 2 and len(result) != len(before):
             raise ValueError("mixes the images: torch.flatten(x, 1)?")
-        axes = [slide(axis, *self.windows[axis.dim - before.dim()]) if axis.dim else axis
-                for axis in before.axes] if self.windows else follow(result, self.inputs)
+        moved = before.axes[0].dim == 1                # by a permute: the windows slide elsewhere
+        axes = [slide(axis, *self.windows[axis.dim - before.dim()]) if axis.dim else axis for axis
+                in before.axes] if self.windows and not moved else follow(result, self.inputs)
         if result.is_floating_point():                 # the images of the measurement stay inked
             result = torch.cat([ink(out, axes), result[2:]])
         result.axes = axes                             # for the calls that get this result
@@ -199,7 +202,7 @@ class Follower(TorchFunctionMode):
 
 def walk(net: nn.Module, input_shape: tuple) -> list[Row]:
     """Follow images of shape C×H×W through a copy of the network; return a Row for each layer.
-    Raises UserError for the first that fails: place, reason, remedy. Its `rows` came before."""
+    Raises UserError for the first that fails: place, reason, remedy; with the `rows` before it."""
     follower = Follower(net)
     try:
         _, height, width = input_shape
@@ -253,7 +256,7 @@ def explain(net: nn.Module, input_shape: tuple) -> str | None:
         print(*(f"{cell:{side}{n}}" for cell, side, n in zip(line, "<<<>>>>>>", widths)), sep="  ")
     if problem:
         print(f"error: {problem}", file=sys.stderr)
-    else:       # Each product is two operations; "FLOPs" are now the one, now the other.
+    else:       # Some papers count these as FLOPs, others count each one twice.
         print(f"\n{sum(row.parameters for row in rows):,} parameters, "
               f"{sum(row.multiply_adds for row in rows):,} multiply-adds an image.")
     return problem
@@ -327,15 +330,18 @@ def effective_field(net: nn.Module, images: Tensor, layer: str) -> Tensor:
 
 def draw_fields(nets: dict, shape: tuple, path) -> None:
     """Print and draw the effective field of each {title: network} for noise of shape C×H×W."""
-    last = [row.name for row in walk(nets["fresh"], shape) if row.windows and row.axes[0].jump][-1]
+    convs = [row.name for row in walk(nets["fresh"], shape)
+             if row.name.endswith("Conv2d") and row.axes[0].jump]
+    if not convs:
+        raise UserError("--erf: the network has no convolution whose window is known")
     # With mean 0 and deviation 1, as normalized images have; a million numbers in all.
     images, tiles, captions = torch.randn(1 + 10**6 // math.prod(shape), *shape), [], []
     for title, net in nets.items():
-        mass = effective_field(net, images, last.split()[0])
+        mass = effective_field(net, images, convs[-1].split()[0])
         half = int((mass.flatten().sort(descending=True).values.cumsum(0) < 0.5).sum()) + 1
         captions.append(f"{title}: half of the gradient in {half} of {mass.numel()} pixels")
         tiles.append(heat(mass))
-    gallery(tiles, captions, path, columns=2, zoom=14, title=f"What moves a unit of {last}")
+    gallery(tiles, captions, path, columns=2, zoom=14, title=f"What moves a unit of {convs[-1]}")
     print(*captions, f"picture: {path}", sep="\n")
 
 # ---- Command line -----------------------------------------------------------------------------
@@ -368,18 +374,19 @@ def main() -> None:
         return print(slips())
     config, trained = {"model": args.model, "options": {}}, {}
     if args.run:                                       # beside it, a fresh one of the same kind
-        trained["trained"], config = load_run(find_run(args.run))
+        trained["trained"], config = load_run(args.run)
     torch.manual_seed(0)                               # the same fresh network each time
     net, size = build(config["model"], **config["options"]), INPUT_SHAPES[config["model"]]
     if args.torchvision:
         from torchvision import models                 # takes a second: only where it is needed
-        if args.torchvision not in models.list_models(models):
+        if args.run or args.torchvision not in models.list_models(models):
             raise UserError(f"torchvision has no {args.torchvision}, but resnet50, vgg16, ...")
         net, size = models.get_model(args.torchvision), (3, 224, 224)
-    if explain(net, args.input or size):
+    size = (1, *(args.input or size))[-3:]
+    if explain(net, size):
         raise SystemExit(2)
     if args.erf or args.run:
-        draw_fields({"fresh": net, **trained}, args.input or size, args.out)
+        draw_fields({"fresh": net, **trained}, size, args.out)
 
 if __name__ == "__main__":
     run_command(main)

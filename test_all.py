@@ -464,14 +464,14 @@ WRONG_INPUT = {
         "--lr 1e300": "at most", "--lr fast": "invalid float value", "--val 10000": "--val 10000",
         "--weight-decay 1e300": "at most", f"--batch-size {'9' * 400}": "at most",
         "--epochs 0": "at least 1", "--model cifar": "0.0 Conv2d wants 3 channels, got 1x28x28",
-        "--model tiny --dropout 0.1": "no choice of dropout", "--dropout 1": "at most",
-        "--model n1 --head linear": "no choice of head", "--device cuda:99": "invalid choice",
+        "--model tiny --dropout 0.1": "argument 'dropout'", "--dropout 1": "at most",
+        "--model n1 --head linear": "argument 'head'", "--device cuda:99": "invalid choice",
         "--limit 320 --batch-size 64 --epochs 1": "6 steps or more", "--data-dir=": "empty path",
         f"--device {'mps' if torch.cuda.is_available() else 'cuda'}": "--device cpu would",
         "--resume run --epochs 18": "leave out --epochs"},      # a run keeps its settings
     rf: {
-        "--input 1x20": "does not fit", "--input 1xx20": "invalid shape value", "--model n9": "choice",
-        "--torchvision resnet5": "torchvision has no resnet5", "--model n1 --input 1x6x6": "pool less",
+        "--input 1x20": "does not fit", "--input 1xx20": "invalid shape", "--model n9": "choice",
+        "--torchvision resnet5": "no resnet5", "--model n1 --input 1x6x6": "pool less",
         "--input 3x28x28": "wants 1 channels", "--erf --model tiny --out .": "-> '.'"},
     lr_finder: {
         "--grid sgd=0.1": "invalid cell value: 'sgd=0.1'", "--grid sgd:-1,0": "-1 must be at least",
