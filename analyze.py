@@ -38,7 +38,7 @@ def evaluate(net: nn.Module, images: Tensor, labels: Tensor, mean, std, batch_si
     # the batch, an image's logits would depend on which images happen to lie beside it.
     net.eval()
     parts = batches(images, labels, batch_size, shuffle=False)
-    logits = torch.cat([net(normalize(part, mean, std)).float() for part, _ in parts]).cpu()
+    logits = torch.cat([net(normalize(part, mean, std)) for part, _ in parts]).cpu()
     net.train(was_training)                  # a caller in the midst of training finds it as it was
     labels = labels.cpu()
     # One mean over all images. A mean of the batches' means would let an image of a smaller last

@@ -191,7 +191,8 @@ def load(name="mnist", data_dir="data", device="cpu", val=0, limit=None) -> Data
     if name == "synthetic":
         parts = *draw_digits(10_000, seed=1), *draw_digits(2_000, seed=2)
     else:
-        parts = (load_mnist if name == "mnist" else load_torchvision)(name, Path(data_dir))
+        folder = Path(data_dir)
+        parts = load_mnist(folder) if name == "mnist" else load_torchvision(name, folder)
     if device == "auto":
         device = ("cuda" if torch.cuda.is_available() else
                   "mps" if torch.backends.mps.is_available() else "cpu")
@@ -221,7 +222,7 @@ MNIST_MD5 = {                                        # of the uncompressed files
     "t10k-labels-idx1-ubyte": "27ae3e4e09519cfbb04c329615203637",
 }
 
-def load_mnist(name: str, data_dir: Path) -> list[Tensor]:
+def load_mnist(data_dir: Path) -> list[Tensor]:
     """MNIST from data_dir/MNIST/raw, or fetched into it from the first source that has all four
     files right. Raises UserError, with what was tried."""
     raw, tried = data_dir / "MNIST" / "raw", []

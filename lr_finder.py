@@ -12,7 +12,7 @@ coarse grid or a search with early stopping can look closer, on held-out images.
 A rate that is too small wastes the training, one that is too large breaks it, and between the two
 lie decades. The lecture's way through them: the sanity checks (train.py --sanity), this sweep, a
 coarse grid of one epoch each, then the two or three best for 10 to 20 epochs with a schedule. In a
-grid, a loss that is flat for 100 steps means too small, NaN too large.
+grid, an epoch that learned nothing means too small, a loss that is not finite too large.
 
 It prints each pick with its reason, and draws the curve as lr_range.png into the folder --out.
 --grid and --search write a table there: trials-1.csv, trials-2.csv, ...; never over an old one.

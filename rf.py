@@ -379,7 +379,9 @@ def main() -> None:
     net, size = build(config["model"], **config["options"]), INPUT_SHAPES[config["model"]]
     if args.torchvision:
         from torchvision import models                 # takes a second: only where it is needed
-        if args.run or args.torchvision not in models.list_models(models):
+        if args.run:
+            raise UserError("--run or --torchvision: a run's network is one of model.py")
+        if args.torchvision not in models.list_models(models):
             raise UserError(f"torchvision has no {args.torchvision}, but resnet50, vgg16, ...")
         net, size = models.get_model(args.torchvision), (3, 224, 224)
     size = (1, *(args.input or size))[-3:]
