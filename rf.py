@@ -25,9 +25,7 @@ columns, that a unit was found to see, at most; its sign compares all units with
 `multiply-adds` are those of convolutions and linear layers, for one image. Layers that change
 nothing here (ReLU, dropout, a sum whose first window holds the others) get no row.
 """
-import copy
-import math
-import sys
+import copy, math, sys
 from collections import namedtuple
 
 from data import Parser, UserError, reason, run_command, user_path
@@ -288,25 +286,21 @@ def diagnose(error: Exception, follower: Follower) -> str:
 
 def check_network(net: nn.Module, images: Tensor, classes=10) -> None:
     """Before a training: does the network take images N×C×H×W, and does it return logits? If not,
-    raises UserError with the reason and the remedy. Leaves the network and its mode as they are."""
+    raises UserError with the reason and the remedy. Leaves the network in eval mode."""
     try:
         with torch.no_grad(), torch.random.fork_rng([images.device] * images.is_cuda):
-            # Of a copy, in eval mode: no dropout is drawn, no running mean moves, the training that
-            # follows is the same, to the bit, as without this look.
-            logits = copy.deepcopy(net).eval()(images)
+            # In eval mode no dropout is drawn and no running mean moves: the training that follows is
+            # the same, to the bit, as without this look. (Lazy layers find their sizes here.)
+            logits = net.eval()(images)
     except Exception as error:
         walk(net, tuple(images.shape[1:]))             # its error says where, why, and what helps
         raise UserError(f"the network fails on images {times(images.shape[1:])}: {reason(error)}")
     if not isinstance(logits, Tensor):                 # such as (logits, features)
         raise UserError(f"the network returns a {type(logits).__name__}: return the logits only")
-    if any(map(nn.parameter.is_lazy, net.parameters())):         # the optimizer cannot hold it yet
-        raise UserError("the network has a lazy layer: write the sizes that rf.py prints")
     if logits.shape != (len(images), classes):
         got, flat = times(logits.shape[1:]), math.prod(logits.shape[1:]) == classes
         raise UserError(f"the network returns {got} an image, not {classes} logits: " + (
             "add nn.Flatten() at its end" if flat else f"its last layer must give {classes}"))
-    if not logits.isfinite().all():                    # the loss would be NaN from the first step
-        raise UserError("the network returns numbers that are not finite")
     if (logits >= 0).all() and (logits.sum(1) - 1).abs().max() < 1e-3:       # a distribution
         raise UserError("the network ends in softmax, and cross-entropy applies softmax itself: "
                         "remove the first")
@@ -361,12 +355,12 @@ def shape(text: str) -> tuple[int, ...]:
 
 def main() -> None:
     parser = Parser(prog="rf.py", description="Receptive fields, computed and measured.")
-    add = parser.add_argument
-    add("--model", choices=INPUT_SHAPES, default="default", help="a network of model.py")
-    add("--torchvision", metavar="NAME", help="a network of torchvision, with random weights")
+    add, either = parser.add_argument, parser.add_mutually_exclusive_group().add_argument
+    either("--model", choices=INPUT_SHAPES, default="default", help="a network of model.py")
+    either("--torchvision", metavar="NAME", help="a network of torchvision, with random weights")
+    either("--run", metavar="FOLDER", type=user_path, help="a trained one: draw its field, too")
     add("--input", metavar="CxHxW", type=shape, help="another image size, such as 1x20x20")
     add("--erf", action="store_true", help="draw the effective receptive field of a fresh network")
-    add("--run", metavar="FOLDER", type=user_path, help="the same, beside that of a trained one")
     add("--out", type=user_path, default="rf.png", help="the picture of --erf")
     add("--slips", action="store_true", help="the figures of the notes, corrected")
     args = parser.parse_args()
@@ -379,8 +373,6 @@ def main() -> None:
     net, size = build(config["model"], **config["options"]), INPUT_SHAPES[config["model"]]
     if args.torchvision:
         from torchvision import models                 # takes a second: only where it is needed
-        if args.run:
-            raise UserError("--run or --torchvision: a run's network is one of model.py")
         if args.torchvision not in models.list_models(models):
             raise UserError(f"torchvision has no {args.torchvision}, but resnet50, vgg16, ...")
         net, size = models.get_model(args.torchvision), (3, 224, 224)

@@ -15,15 +15,7 @@ and the schedules differ, and how a result is reported: the last epoch, several 
 It prints two lines an epoch, then a summary, and saves in a folder of its own (runs/001, runs/002,
 ...): weights.pt (the result), checkpoint.pt (to go on from), log.csv, curves.png, config.json.
 """
-import argparse
-import contextlib
-import copy
-import io
-import itertools
-import json
-import math
-import sys
-import time
+import argparse, contextlib, copy, io, itertools, json, math, statistics, sys, time
 from pathlib import Path
 
 from data import (NAMES, PRESETS, Data, Parser, UserError, augment, batches, load, normalize,
@@ -32,7 +24,6 @@ from data import (NAMES, PRESETS, Data, Parser, UserError, augment, batches, loa
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.optim import lr_scheduler
 
 from analyze import curves, evaluate, read_pt
 from model import NETWORKS, build, count_parameters
@@ -209,25 +200,26 @@ def make_scheduler(config: dict, optimizer, steps: int):
 
     Large steps get far and bounce: near a minimum the noise of the batches throws them out of it
     again, and the larger the rate, the farther. Small steps settle, but get nowhere in a short
-    time. So: first large, then small. All but "plateau" are stepped after each batch; plateau is
-    stepped after each epoch, with the loss of held-out images.
+    time. So: first large, then small, along a cosine (Loshchilov and Hutter, 2016) or up and down
+    (Smith, 2018), say. All but "plateau" are stepped after each batch; plateau is stepped after
+    each epoch, with the loss of held-out images.
     """
     name, total = config["sched"], config["epochs"] * steps
     if name == "none":                               # η                                  ‾‾‾‾‾‾‾‾
-        return lr_scheduler.ConstantLR(optimizer, factor=1.0)
+        return torch.optim.lr_scheduler.ConstantLR(optimizer, factor=1.0)
     if name == "step":                               # η·½ᵏ after k fifths of the time    ‾‾-.__..
         every = config["step_every"] and config["step_every"] * steps        # or as asked for
-        return lr_scheduler.StepLR(optimizer, every or math.ceil(total / 5), gamma=0.5)
+        return torch.optim.lr_scheduler.StepLR(optimizer, every or math.ceil(total / 5), gamma=0.5)
     if name == "cosine":                             # η·(1 + cos(π·t/total))/2           ‾‾‾\___
-        return lr_scheduler.CosineAnnealingLR(optimizer, total)      # (Loshchilov, Hutter, 2016)
+        return torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, total)
     if name == "plateau":                            # η·½ when the loss has not fallen for 3 epochs
-        return lr_scheduler.ReduceLROnPlateau(optimizer, factor=0.5, patience=2)
+        return torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, factor=0.5, patience=2)
     if total < 6:                                    # a fifth of the steps has to be more than one
         raise UserError("onecycle needs 6 steps or more: raise --epochs or lower --batch-size")
-    # From η/25 up to η in the first fifth, then down to almost 0: __/‾‾\__ (Smith, 2018). Small
-    # at first, since the random start has steep walls around it; momentum stays as it is.
-    return lr_scheduler.OneCycleLR(optimizer, config["lr"], total, pct_start=0.2,
-                                   cycle_momentum=False)
+    # From η/25 up to η in the first fifth, then down to almost 0: __/‾‾\__. Small at first, since
+    # the random start has steep walls around it; momentum stays as it is.
+    return torch.optim.lr_scheduler.OneCycleLR(optimizer, config["lr"], total, pct_start=0.2,
+                                               cycle_momentum=False)
 
 # ---- Before any tuning: is the setup sound? ---------------------------------------------------
 
@@ -244,28 +236,26 @@ def sanity(config: dict, data: Data) -> bool:
         return train(config | {"label_smoothing": 0.0} | changes,
                      data._replace(train=part, val=part, test=none))[1]
 
-    def check(fine, seen, expected, otherwise):
-        print(f"ok    {seen}" if fine else
-              f"LOOK  {seen}, expected {expected}. Likely: {otherwise}")
-        return fine
-
     # Ten images cannot be hard: 100 steps of Adam on all of them at once know them by heart. An
     # epoch is one step here, so the first row's loss is that of the fresh network: about ln 10, if
     # each of ten digits gets the probability 1/10, for -log(1/10) = ln 10.
     first, *_, last = trial(10, augment="none", opt="adam", lr=1e-3, weight_decay=0.0, ema=0.0,
                             sched="none", epochs=100, batch_size=10)
-    return all([
-        check(abs(first["train_loss"] - math.log(10)) < 0.7, "loss of the fresh network: "
-              f"{first['train_loss']:.2f}", "ln 10 = 2.30",
-              "a last layer that is too large, or pixels that are not normalized"),
-        check(last["val_accuracy"] == 100 and last["val_loss"] < 0.5, "ten images, 100 steps: "
-              f"{last['val_accuracy']:.0f}%, loss {last['val_loss']:.2f}", "100%, near 0",
-              "no gradient: a softmax before the loss, a detach(), dead ReLUs"),
-        # In a first epoch every image is new, so its accuracy is honest. Where labels do not belong
-        # to their images it is that of guessing, 10%, although ten of them can be learned by heart.
-        check((new := trial(50 * config["batch_size"], epochs=1)[0]["train_accuracy"]) > 25,
-              f"new images in 50 steps of your recipe: {new:.0f}%", "more than 25%",
-              "labels that are not their images', or a rate far too small or too large")])
+    # In a first epoch every image is new, so its accuracy is honest. Where labels do not belong to
+    # their images it is that of guessing, 10%, although ten of them can be learned by heart.
+    new = trial(50 * config["batch_size"], epochs=1)[0]["train_accuracy"]
+    checks = [                                       # (all is well, seen, expected, likely wrong)
+        (abs(first["train_loss"] - math.log(10)) < 0.7,
+         f"loss of the fresh network: {first['train_loss']:.2f}", "ln 10 = 2.30",
+         "a last layer that is too large, or pixels that are not normalized"),
+        (last["val_accuracy"] == 100 and last["val_loss"] < 0.5,
+         f"ten images, 100 steps: {last['val_accuracy']:.0f}%, loss {last['val_loss']:.2f}",
+         "100%, near 0", "no gradient: a softmax before the loss, a detach(), dead ReLUs"),
+        (new > 25, f"new images in 50 steps of your recipe: {new:.0f}%", "more than 25%",
+         "labels that are not their images', or a rate far too small or too large")]
+    for fine, seen, expected, likely in checks:
+        print(f"ok    {seen}" if fine else f"LOOK  {seen}, expected {expected}. Likely: {likely}")
+    return all(fine for fine, *_ in checks)
 
 # ---- What a run leaves behind -----------------------------------------------------------------
 
@@ -295,8 +285,7 @@ def new_folder(out: Path) -> Path:
     out.mkdir(parents=True, exist_ok=True)
     for number in itertools.count(1):
         with contextlib.suppress(FileExistsError):   # it is there: the next number, then
-            folder = out / f"{number:03d}"
-            folder.mkdir()
+            (folder := out / f"{number:03d}").mkdir()
             return folder
 
 # ---- What is printed --------------------------------------------------------------------------
@@ -306,23 +295,19 @@ def printer(config: dict, data: Data):
     see it, and prints the notes' two lines after it (a third one for held-out images)."""
     # A file or a pipe gets whole lines only; a terminal or a notebook one that is drawn over.
     live = sys.stdout and (sys.stdout.isatty() or "ipykernel" in sys.modules)
-    total, epochs = len(data.train[0]), config["epochs"]         # total: images in an epoch
 
     def show(row, seen=0, started=0.0):
-        if seen and live:                            # within an epoch; "\r" goes back to its start
-            speed = seen / (time.perf_counter() - started)           # images a second
-            left = round((total * (epochs - row["epoch"] + 1) - seen) / speed)
-            line = (f"epoch {row['epoch']}/{epochs} {seen / total:4.0%} loss "
-                    f"{row['train_loss']:.3f} accuracy {row['train_accuracy']:.2f}% "
-                    f"{speed:,.0f} images/s {left // 60}:{left % 60:02d} left")
-            print(f"{line:79}", end="\r", flush=True)
-        if seen:
-            return
         # Measured while the network learns, on augmented images and with dropout on, "Train" lags
         # behind "Test", and that is no mistake.
         line = (f"Train: Loss={row['train_loss']:.4f} Batch_id={row['batch_id']} "
-                f"LR={row['lr']:.6f} Accuracy={row['train_accuracy']:.2f} ({data.name})")
-        print(f"{line:79}" if live else line)        # over what was drawn
+                f"LR={row['lr']:.6f} Accuracy={row['train_accuracy']:.2f}")
+        if seen and live:                            # within an epoch; "\r" goes back to its start
+            still = len(data.train[0]) * (config["epochs"] - row["epoch"] + 1) - seen       # images
+            left = round(still / seen * (time.perf_counter() - started))                 # seconds
+            print(f"{line} {left // 60}:{left % 60:02d} left".ljust(79), end="\r", flush=True)
+        if seen:
+            return
+        print(f"{line} ({data.name})".ljust(79 * bool(live)))        # over what was drawn
         for name, title in (("val", "Validation set"), ("test", "Test set")):
             if count := len(getattr(data, name)[0]):
                 loss, accuracy = row[f"{name}_loss"], row[f"{name}_accuracy"]
@@ -389,8 +374,8 @@ def make_config(args) -> dict:
     """The flags as a plain dict, each None filled in: what train() takes and a run's files hold."""
     config = {name: value for name, value in vars(args).items()
               if name not in ("out", "resume", "runs", "sanity")}
-    options = {name: config.pop(name) for name in ("head", "down", "activation", "dropout")}
-    options = {name: value for name, value in options.items() if value is not None}
+    options = {name: value for name in ("head", "down", "activation", "dropout")
+               if (value := config.pop(name)) is not None}
     # A short training needs many steps and large ones: small batches, the full rate. A long one can
     # afford quieter steps, and a little more smoothing against learning by heart.
     short, onecycle = args.epochs < 10, args.sched == "onecycle"
@@ -409,11 +394,11 @@ def open_run(args) -> tuple[dict, dict | None]:
         return config, None
     # A run keeps its settings, or it would be two runs; only where it finds things may change.
     given = {word.split("=")[0] for word in sys.argv[1:] if word.startswith("--")} - {"--resume"}
-    here = {"--data-dir": "data_dir", "--device": "device"}
-    if wrong := given - here.keys():                 # anything else would make another training
+    if wrong := given - {"--data-dir", "--device"}:  # anything else would make another training
         raise UserError(f"--resume keeps the run's own settings: leave out {' '.join(wrong)}")
     state = read_pt(args.resume / "checkpoint.pt")   # checked: whole, finite, and ours
-    return config | state["config"] | {here[flag]: config[here[flag]] for flag in given}, state
+    here = {name: config[name] for name in (flag[2:].replace("-", "_") for flag in given)}
+    return config | state["config"] | here, state
 
 def main() -> None:
     args = make_parser().parse_args()
@@ -444,10 +429,10 @@ def main() -> None:
               f"{sum(row['seconds'] for row in rows):.0f} s\n"
               f"next: python analyze.py --run {folder.as_posix()}")
     if args.runs > 1:                                # a claim is a distribution
-        a = torch.tensor(accuracies, dtype=torch.float64)
         print(f"\n{data.name} test accuracy of the last epoch, {args.runs} seeds: mean "
-              f"{a.mean():.3f}%  standard deviation {a.std():.3f}  minimum {a.min():.2f}  maximum "
-              f"{a.max():.2f}")
+              f"{statistics.mean(accuracies):.3f}%  standard deviation "
+              f"{statistics.stdev(accuracies):.3f}  minimum {min(accuracies):.2f}  maximum "
+              f"{max(accuracies):.2f}")
 
 if __name__ == "__main__":
     run_command(main)
