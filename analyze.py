@@ -4,7 +4,7 @@ What it teaches: one accuracy hides most of what a test set can tell. Which digi
 which, whether the network knows when it is guessing, where in the image it found its evidence, and
 whether now and then it is the label that is wrong.
 
-    python analyze.py                               the newest run under runs/
+    python analyze.py                               the last run under runs/
     python analyze.py --run runs/003                another run
     python analyze.py --suspects --runs runs/00*    is it the network or the label? (several seeds)
     python analyze.py --image photo.png             a digit of your own
@@ -105,12 +105,12 @@ def report_run(folder: Path, net: nn.Module, config: dict, data, out: Path) -> N
         print(f"{digit:<12}", *(f"{n or '.':>6}" for n in row), f"{recall[digit]:8.2f}%", sep="")
     print("precision, %", *(f"{p:6.1f}" for p in precision), "\n\nmost confused", sep="")
     pairs = (errors + errors.T).triu().flatten()         # 4 called 9 and 9 called 4: one confusion
-    for a, b in (divmod(cell, 10) for cell in pairs.topk(5).indices.tolist()):
+    for a, b in (divmod(cell, 10) for cell in pairs.topk(5).indices.tolist() if pairs[cell]):
         print(f"{a} and {b}: {errors[a, b]} {a}s called {b}, {errors[b, a]} {b}s called {a}")
     ranked = suspects(logits[None], labels)
     draw_ranked(ranked, images, out / "failures.png")
-    # Without the diagonal, and the colour is log(1 + count): or one cell of 30 would leave all that
-    # are 1 as dark as 0.
+    # Without the diagonal, and the colour is log(1 + count): beside a cell of 30 those of 1 would
+    # be as dark as those of 0.
     gallery([heat(errors.float().log1p())], ["Rows: label, from 0 at the top. Columns: answer"],
             out / "confusion.png", 1, 40)
     torch.manual_seed(0)                                 # the same picture each time
@@ -337,7 +337,7 @@ def read_pt(path) -> dict:
             raise ValueError                 # not finite: the training had diverged
     except Exception as error:   # whatever a missing, damaged or foreign file can do to these
         raise UserError(f"{path} is missing, damaged, not finite or not made by this train.py "
-                        f"({type(error).__name__}): python train.py trains a new run")
+                        f"({type(error).__name__}): go on with --resume, or train a new run")
     return state
 
 def load_run(folder) -> tuple[nn.Module, dict]:
@@ -359,13 +359,13 @@ def mean_std_of(config: dict) -> tuple[Tensor, Tensor]:
 def main() -> None:
     parser = Parser(prog="analyze.py", description="What a trained network gets wrong, and why.")
     add = parser.add_argument
-    add("--run", "--runs", type=user_path, nargs="+", metavar="FOLDER", help="none: the newest run")
+    add("--run", "--runs", type=user_path, nargs="+", metavar="FOLDER", help="none: the last run")
     add("--data-dir", type=user_path, help="where the data set is; none: where the run found it")
     add("--out", type=user_path, metavar="FOLDER", help="for the pictures; none: RUN/analysis")
     add("--image", type=user_path, metavar="FILE", help="read a picture of one digit")
     add("--suspects", action="store_true", help="rank the test labels by how wrong they look")
     args = parser.parse_args()
-    finished = Path("runs").glob("*/weights.pt")         # train.py numbers them: the last is newest
+    finished = Path("runs").glob("*/weights.pt")         # train.py numbers them: take the last
     folders = args.run or [max(finished, default=Path("runs/001/weights.pt")).parent]
     runs = [load_run(folder) for folder in folders]
     config, out = runs[0][1], args.out or folders[0] / "analysis"

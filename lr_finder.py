@@ -1,8 +1,8 @@
 """The learning-rate range test (Smith, 2015): one short sweep instead of a dozen trainings.
 
-What it teaches: train for 200 steps while the rate grows from far too small to far too large, and
-watch the loss. It tells where learning starts, where it is fastest and where it blows up; then a
-coarse grid or a search with early stopping can look closer, on held-out images.
+What it teaches: train for up to 200 steps while the rate grows from far too small to far too large,
+and watch the loss. It tells where learning starts, where it is fastest and where it blows up; then
+a coarse grid or a search with early stopping can look closer, on held-out images.
 
     python lr_finder.py                          sweep, figure, and a train.py command to go on with
     python lr_finder.py --opt adam --model n3    train.py's flags say what is swept
@@ -11,8 +11,8 @@ coarse grid or a search with early stopping can look closer, on held-out images.
 
 A rate that is too small wastes the training, one that is too large breaks it, and between the two
 lie decades. The lecture's way through them: the sanity checks (train.py --sanity), this sweep, a
-coarse grid of one epoch each, then the two or three best for 10 to 20 epochs with a schedule. In a
-grid, an epoch that learned nothing means too small, a loss that is not finite too large.
+coarse grid of one epoch each, then the two or three best for 10 to 20 epochs with a schedule; one
+change at a time, compared with a baseline.
 
 It prints each pick with its reason, and draws the curve as lr_range.png into the folder --out.
 --grid and --search write a table there: trials-1.csv, trials-2.csv, ...; never over an old one.
@@ -215,7 +215,7 @@ def report(args, config: dict, data: Data) -> dict[str, float]:
     rates, losses = sweep(config, data, start=args.start, factor=args.factor, steps=args.steps)
     curve, picks, path = smooth(losses), pick_rates(rates, losses), args.out / "lr_range.png"
     title = f"{config['model']} on {data.name}, {config['opt']}, batches of {config['batch_size']}"
-    # The curve leaves the picture where it explodes: or the descent would be a flat line below it.
+    # The curve leaves the picture where it explodes: the descent would be a flat line below that.
     chart([{"title": title, "x": "learning rate", "y": "training loss", "log_x": True,
             "y_range": (0.95 * min(losses), 1.5 * curve[0]), "marks": picks,
             "lines": {"loss of each batch": (rates, losses), "smoothed": (rates, curve)}}],
@@ -229,15 +229,15 @@ def report(args, config: dict, data: Data) -> dict[str, float]:
     return picks
 
 def main() -> None:
-    parser = Parser(prog="lr_finder.py", description="Learning-rate range test, grid, search. Takes"
-                    " the flags of train.py, too, but for --lr and --sched; --epochs is 1, if not given")
-    add = parser.add_argument
+    parser = Parser(prog="lr_finder.py", description="Learning-rate range test, grid, search, with "
+                    "the flags of train.py, but for --lr and --sched; --epochs is 1, if not given.")
+    add, either = parser.add_argument, parser.add_mutually_exclusive_group().add_argument
     add("--start", type=LR, default=1e-6, help="first rate")
     add("--factor", type=number(float, 1.0001), default=1.1, help="growth a step")
     add("--steps", type=number(int, 10, 100_000), default=200, help="of the sweep")
-    add("--grid", type=cell, nargs="*", metavar="OPT:LR,DECAY",
+    either("--grid", type=cell, nargs="*", metavar="OPT:LR,DECAY",
         help="train each of these, such as sgd:0.1,5e-4 adam:1e-3,0; alone: four classic ones")
-    add("--search", type=number(int, 1), metavar="N", help="halve N random pairs down to one")
+    either("--search", type=number(int, 1), metavar="N", help="halve N random pairs down to one")
     add("--out", type=user_path, default="lr_finder", help="folder for lr_range.png and tables")
     args, words = parser.parse_known_args()          # words: the flags of train.py
     config = make_config(make_parser().parse_args(["--epochs=1", *words]))     # words come later

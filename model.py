@@ -11,8 +11,8 @@ Every network returns logits: ten unbounded scores. Softmax lives in the loss (t
 else; a network that ends in softmax and is then given to cross-entropy applies it twice.
 
 How to read the layer lines:  # output shape   RF receptive field   learnable parameters
-`RF 8` means that one unit of that output sees an 8×8 window of the image. `python rf.py` derives
-all three columns, and a test recomputes every comment in this file from the modules.
+`RF 8`: one unit of that output sees an 8×8 window of the image; `RF all`: all of it. `python rf.py`
+derives all three columns, and a test recomputes every comment in this file from the modules.
 """
 import math
 
@@ -37,11 +37,11 @@ def down_block(c_in: int, c_out: int, down="pool", activation=nn.ReLU) -> nn.Seq
     """A 3×3 block that also halves height and width.
 
     "pool":    the maximum of each 2×2, before batch norm and activation: they then work on a
-               quarter of the numbers. That makes a function of its own: batch norm measures the
-               maxima only, and SiLU, which dips below 0, may not trade places with a maximum.
+               quarter of the numbers. It is not the same function as "late": batch norm measures
+               the maxima only, and SiLU, which dips below 0, may not trade places with a maximum.
     "late":    the same after the activation, where most networks have it.
     "overlap": the maximum of 3×3 windows, two pixels apart. They share their edges, so a stroke
-               that moves by a pixel changes less (Zhang, 2019).
+               that moves by a pixel changes less (Krizhevsky et al., 2012).
     "stride":  computes only every second output to begin with: cheaper still, but it never looks
                at the three other positions that a pool compares.
     """
@@ -81,10 +81,10 @@ class Places(nn.Module):
         # They act as 1 at first, as the plain average, and are stored side times smaller: a step of
         # sgd then moves them side² = 49 times as far, which small networks and short
         # trainings need. (Stored as 1/side², 2,401 times: large rates break that training.)
-        self.weight = nn.Parameter(torch.full((channels, side, side), 1 / side))
+        self.weight, self.side = nn.Parameter(torch.full((channels, side, side), 1 / side)), side
 
     def forward(self, x: Tensor) -> Tensor:
-        return x * (self.weight * x.shape[-1])
+        return x * (self.weight * self.side)
 
 class Residual(nn.Module):
     """y = ReLU(x + F(x)), F two 3×3 blocks: they learn only what to add to x (He et al., 2015).
@@ -102,7 +102,8 @@ class Residual(nn.Module):
         return torch.relu(x + self.body(x))
 
 def he_init(net: nn.Module) -> None:
-    """Draw every weight from N(0, 2 / fan_in), set every bias to 0 (He et al., 2015).
+    """Draw weights of convolutions and linear layers from N(0, 2 / fan_in), set their biases to 0
+    (He et al., 2015).
 
     Why 2 / fan_in: a unit sums fan_in products, so its variance is fan_in · Var(w) · E[x²]. Behind
     a ReLU half of a symmetric signal is cut to 0, which halves E[x²]; the factor 2 restores it.
@@ -147,7 +148,7 @@ def default(head="place", down="pool", activation="silu", dropout=0.1) -> nn.Seq
     )
 
 def tiny(head="place") -> nn.Sequential:
-    """The same with 7,931 parameters. Fewer channels miss more, so its pools overlap."""
+    """The same, narrower: 7,931 parameters. No dropout, and its pools overlap."""
     return nn.Sequential(
         down_block(1, 10, "overlap", nn.SiLU),         # 10×14×14   RF 5          110
         block(10, 14, activation=nn.SiLU),             # 14×14×14   RF 9        1,288

@@ -1,8 +1,8 @@
 """Receptive fields, computed and then measured: which pixels of the image can a unit see?
 
-What it teaches: three one-line recurrences give every window of a chain of layers, and where
-branches meet, the window around theirs. None of it needs to be believed: put ink on one row or one
-column of the image at a time, and look which units get stained.
+What it teaches: three one-line recurrences give every window of a chain of layers; where branches
+meet, it is the smallest window around theirs. None of it needs to be believed: put ink on one row
+or one column of the image at a time, and look which units get stained.
 
     python rf.py                              the default network of model.py, one row a layer
     python rf.py --model n3                   another of its networks
@@ -17,13 +17,13 @@ column of the image at a time, and look which units get stained.
 A unit is one place of a layer's map, with all its channels. Columns: `window` is kernel, stride,
 padding and dilation; `jump` the pixels from one unit's window to the next one's; `RF` a window's
 size, "global" where it may be the whole image, or is not known; `first` where unit 0's window
-starts (negative: in the padding). `measured`, for images of up to 64×64, counts the rows, and the
+starts (negative: in the padding). `measured`, for images of H + W ≤ 128, counts the rows, and the
 columns, that a unit was found to see, at most; its sign compares all units with their windows:
     =  each sees every row and column of its window, as far as the image goes, and no other
     <  some see fewer: the window is a bound (dilation leaves gaps)
     !  some see more: a formula is wrong
-`multiply-adds` are those of convolutions and linear layers, for one image. Layers that change
-nothing here (ReLU, dropout, a sum whose first window holds the others) get no row.
+`multiply-adds` are those of convolutions and linear layers, for one image. What changes nothing
+here (ReLU, dropout, a sum that sees no more than the row before it) gets no row.
 """
 import copy, math, sys
 from collections import namedtuple
@@ -76,6 +76,8 @@ def union(axes: list[Axis]) -> Axis:
 # ink on a few rows of its input, and look where the stains are in its result. The ink is NaN, for
 # nothing washes it out: 0·NaN and NaN − NaN are NaN, too. Light would be worse: weights of both
 # signs cancel it, a brighter neighbour hides it from a max pooling, rounding errors look like it.
+# One batch does it all: image 0 has ink on some rows, image 1 on some columns; those after them
+# (of small images only) are for the measurement, with ink on a single row or column each.
 
 POOLS = {"max_pool2d": nn.MaxPool2d, "avg_pool2d": nn.AvgPool2d}
 
@@ -178,7 +180,7 @@ class Follower(TorchFunctionMode):
         return value
 
     def see(self, result):
-        """Put fresh ink and what its units see on a result; add a row, if there is news."""
+        """Put fresh ink on a result, note what its units see, add a row if there is news."""
         if not (isinstance(result, Tensor) and result.dim() and len(result) > 1):
             return result
         before, out = self.inputs[0], tuple(result.shape[1:])
@@ -273,10 +275,9 @@ def diagnose(error: Exception, follower: Follower) -> str:
         return f"wants numbers in a row, got the map {times(shape)}: put nn.Flatten() before it"
     if type(layer).__name__.endswith("2d") and len(shape) == 1:     # convolution, batch norm, pool
         return f"wants a map, got {shape[0]} numbers in a row: put it before nn.Flatten()"
-    for setting, dim in ("in_features", -1), ("in_channels", 0), ("num_features", 0):
-        wants, what = getattr(layer, setting, shape[dim]), setting.split("_")[1]
-        if wants != shape[dim]:
-            return f"wants {wants} {what}, got {times(shape)}. Write {setting}={shape[dim]}"
+    for setting, dim in ("in_features", -1), ("in_channels", 0), ("num_features", 0), ("side", -1):
+        if (has := getattr(layer, setting, shape[dim])) != shape[dim]:
+            return f"has {setting}={has}, got {times(shape)}. Write {setting}={shape[dim]}"
     if follower.kind and follower.windows:             # with dilation, a 3×3 window is larger
         return f"does not fit a {times(shape[1:])} map: pool less, or take a larger image ({said})"
     if follower.kind and len(inputs) > 1:
@@ -289,8 +290,9 @@ def check_network(net: nn.Module, images: Tensor, classes=10) -> None:
     raises UserError with the reason and the remedy. Leaves the network in eval mode."""
     try:
         with torch.no_grad(), torch.random.fork_rng([images.device] * images.is_cuda):
-            # In eval mode no dropout is drawn and no running mean moves: the training that follows is
-            # the same, to the bit, as without this look. (Lazy layers find their sizes here.)
+            # In eval mode no dropout is drawn and no running mean moves: the training that follows
+            # is the same, to the bit, as without this look. (Lazy layers are sized here, and draw
+            # weights: hence fork_rng.)
             logits = net.eval()(images)
     except Exception as error:
         walk(net, tuple(images.shape[1:]))             # its error says where, why, and what helps

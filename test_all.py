@@ -461,7 +461,7 @@ WRONG_INPUT = {
         "--opt sdg": "invalid choice: 'sdg'", "--lr 0": "at least", "--lr nan": "at least",
         "--lr 1e300": "at most", "--lr fast": "invalid float value", "--val 10000": "--val 10000",
         "--weight-decay 1e300": "at most", f"--batch-size {'9' * 400}": "at most",
-        "--epochs 0": "at least 1", "--model cifar": "0.0 Conv2d wants 3 channels, got 1x28x28",
+        "--epochs 0": "at least 1", "--model cifar": "0.0 Conv2d has in_channels=3, got 1x28x28",
         "--model tiny --dropout 0.1": "argument 'dropout'", "--dropout 1": "at most",
         "--model n1 --head linear": "argument 'head'", "--device cuda:99": "invalid choice",
         "--limit 320 --batch-size 64 --epochs 1": "6 steps or more", "--data-dir=": "empty path",
@@ -470,7 +470,7 @@ WRONG_INPUT = {
     rf: {
         "--input 1x20": "does not fit", "--input 1xx20": "invalid shape", "--model n9": "choice",
         "--torchvision resnet5": "no resnet5", "--model n1 --input 1x6x6": "pool less",
-        "--input 3x28x28": "wants 1 channels", "--erf --model tiny --out .": "-> '.'"},
+        "--input 3x28x28": "has in_channels=1", "--erf --model tiny --out .": "-> '.'"},
     lr_finder: {
         "--grid sgd=0.1": "invalid cell value: 'sgd=0.1'", "--grid sgd:-1,0": "-1 must be at least",
         "--grid sgd:1e40,0": "at most 1000000000", "--grid adam:1e-3,1e308": "at most 1000000000",
@@ -560,10 +560,10 @@ class Call(nn.Module):
 
 C, flat, gap, linear = nn.Conv2d(1, 4, 3), nn.Flatten(), nn.AdaptiveAvgPool2d(1), nn.Linear(784, 10)
 OWN = [                          # what a learner may write, and what the answer has to name
-    ([C, nn.ReLU(), nn.MaxPool2d(2), flat, linear], "4 Linear wants 784 features, got 676"),
-    ([C, nn.Conv2d(16, 10, 3), gap, flat], "1 Conv2d wants 16 channels, got 4"),
+    ([C, nn.ReLU(), nn.MaxPool2d(2), flat, linear], "4 Linear has in_features=784, got 676"),
+    ([C, nn.Conv2d(16, 10, 3), gap, flat], "1 Conv2d has in_channels=16, got 4"),
     ([nn.MaxPool2d(14), nn.Conv2d(1, 9, 5), flat], "1 Conv2d does not fit a 2x2 map"),
-    ([C, nn.BatchNorm2d(8), flat, nn.LazyLinear(10)], "1 BatchNorm2d wants 8"),
+    ([C, nn.BatchNorm2d(8), flat, nn.LazyLinear(10)], "1 BatchNorm2d has num_features=8"),
     ([nn.Conv2d(1, 10, 3), gap], "returns 10x1x1 an image, not 10 logits: add nn.Flatten()"),
     ([flat, nn.Linear(784, 12)], "returns 12 an image, not 10 logits: its last layer must give 10"),
     ([flat, linear, nn.Softmax(1)], "ends in softmax, and cross-entropy applies softmax itself"),
@@ -581,7 +581,8 @@ def test_a_wrong_network_is_answered_before_any_training(layers, said, monkeypat
 
 def test_checking_a_sound_network_draws_no_random_number_and_sizes_its_lazy_layers():
     drop = Call(lambda _, x: F.dropout(x, 0.1))
-    net, before = nn.Sequential(flat, nn.LazyLinear(10), drop, nn.LogSoftmax(1)), torch.get_rng_state()
+    net = nn.Sequential(flat, nn.LazyLinear(10), drop, nn.LogSoftmax(1))
+    before = torch.get_rng_state()
     rf.check_network(net, torch.randn(2, 1, 12, 12, generator=torch.Generator()))
     assert torch.equal(before, torch.get_rng_state()) and net[1].weight.shape == (10, 144)
 
@@ -725,16 +726,18 @@ def test_the_table_measures_and_where_nothing_is_known_the_window_is_global(net,
 
 row, norm = nn.Linear(400, 10), nn.BatchNorm2d(4)
 REMEDIES = [      # the wrong network, what is said of it for 1×12×12 images, the network as advised
-    ([C, flat, nn.Linear(484, 10)], "2 Linear wants 484 features, got 400. Write "
+    ([C, flat, nn.Linear(484, 10)], "2 Linear has in_features=484, got 400. Write "
      "in_features=400", [C, flat, row]),
     ([C, row], "1 Linear wants numbers in a row, got the map 4x10x10: put nn.Flatten() before it",
      [C, flat, row]),
     ([C, gap, nn.Linear(4, 10)], "2 Linear wants numbers in a row, got the map 4x1x1: put "
      "nn.Flatten() before it", [C, gap, flat, nn.Linear(4, 10)]),
-    ([C, nn.Conv2d(8, 4, 3)], "1 Conv2d wants 8 channels, got 4x10x10. Write in_channels=4",
+    ([C, nn.Conv2d(8, 4, 3)], "1 Conv2d has in_channels=8, got 4x10x10. Write in_channels=4",
      [C, nn.Conv2d(4, 4, 3)]),
-    ([C, nn.BatchNorm2d(8)], "1 BatchNorm2d wants 8 features, got 4x10x10. Write num_features=4",
+    ([C, nn.BatchNorm2d(8)], "1 BatchNorm2d has num_features=8, got 4x10x10. Write num_features=4",
      [C, norm]),
+    ([C, model.Places(4, 7)], "1 Places has side=7, got 4x10x10. Write side=10",
+     [C, model.Places(4, 10)]),
     ([C, flat, norm], "2 BatchNorm2d wants a map, got 400 numbers in a row: put it before "
      "nn.Flatten()", [C, norm, flat]),
     ([C, flat, nn.MaxPool2d(2)], "2 MaxPool2d wants a map", [C, nn.MaxPool2d(2), flat]),
@@ -967,18 +970,24 @@ def readme_lines(table):
     """The lines of one of the README's tables, from the rows of assets/choices.csv, one a run."""
     runs, lines = {}, {}
     for row in csv.DictReader(open(HERE / "assets/choices.csv")):
-        if row["table"] == table:
-            runs.setdefault((row["flags"], int(row["parameters"])), []).append(
-                float(row["accuracy"]))
-    assert runs and all(len(a) == (5 if table == "records" else 3) for a in runs.values())
-    for (flags, count), a in runs.items():
+        name = (row["flags"].split("--model ")[1:] or ["default"])[0].split()[0]
+        plain = row["flags"] == f"{f'--model {name} ' * (name != 'default')}--epochs 3 --val 10000"
+        if row["table"] == table or table == "networks" and plain:       # those of other tables
+            runs.setdefault((row["flags"], int(row["parameters"]), name), []).append(row)
+    assert runs and all(len(rows) == (5 if table == "records" else 3) for rows in runs.values())
+    for (flags, count, name), rows in runs.items():
+        a = [float(row["accuracy"]) for row in rows]
         cell = f"{statistics.mean(a):.3f} ± {statistics.stdev(a):.3f} |"
         if table == "schedules":                                # a line an optimizer, a column each
             lines.setdefault(flags.split()[1], []).append(cell)
-        else:
-            lines[flags, count] = [f"`{f'python train.py {flags}'.strip()}` | {count:,} | {cell} "
-                                   f"{min(a):.2f} to {max(a):.2f} |"]
-    return [" ".join(["|", *([name, "|"] if isinstance(name, str) else []), *cells])
+            continue
+        lines[flags] = [f"{count:,} | {cell} {min(a):.2f} to {max(a):.2f} |"]
+        if table == "networks":
+            seconds = statistics.median(float(row["seconds"]) / int(row["epochs"]) for row in rows)
+            net = rf.walk(model.build(name), model.INPUT_SHAPES[name])
+            lines[flags].append(f"{sum(row.multiply_adds for row in net):,} | {seconds:.0f} |")
+    return [" ".join(["|", name if table == "schedules" else
+                      f"`{f'python train.py {name}'.strip()}`", "|", *cells])
             for name, cells in lines.items()]
 
 @pytest.mark.parametrize("table", TABLES)

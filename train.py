@@ -5,15 +5,15 @@ and the schedules differ, and how a result is reported: the last epoch, several 
 
     python train.py                                           the project's own recipe
     python train.py --opt sgd --sched onecycle --device cuda  the same recipe, on a GPU
-    python train.py --epochs 3                                99.5% in about a minute
+    python train.py --epochs 3                                99.5% in a minute or two
     python train.py --runs 5                                  five seeds: a claim is a distribution
     python train.py --val 10000                               hold out images to choose things on
-    python train.py --sanity --model mine                     before any tuning: is the setup sound?
+    python train.py --sanity --model tiny                     before any tuning: is the setup sound?
     python train.py --data synthetic --epochs 2               a first try without a download
     python train.py --resume runs/001                         go on after Ctrl-C
 
 It prints two lines an epoch, then a summary, and saves in a folder of its own (runs/001, runs/002,
-...): weights.pt (the result), checkpoint.pt (to go on from), log.csv, curves.png, config.json.
+...): checkpoint.pt (to go on from), log.csv, curves.png, config.json, at the end weights.pt.
 """
 import argparse, contextlib, copy, io, itertools, json, math, statistics, sys, time
 from pathlib import Path
@@ -37,7 +37,7 @@ def train(config: dict, data: Data, folder: Path | None = None, state: dict | No
 
     `config` holds the flags by name. With a `folder`, everything is saved there after each epoch;
     `state` is such a checkpoint to go on from. `show` is called every 50 steps and after each
-    epoch. Raises UserError for a network that cannot take the images, and when the loss explodes.
+    epoch. Raises UserError if network, images, schedule or state do not fit, or the loss explodes.
     """
     net = make_network(config, data)                 # random weights, but the same for a seed
     average = copy.deepcopy(net)                     # will trail behind the network, see below
@@ -82,15 +82,15 @@ def train(config: dict, data: Data, folder: Path | None = None, state: dict | No
                 scheduler.step()                     # sets the rate of the next step
             # The weights of one step are noisy; a moving average of them is less so, and costs no
             # training (Polyak and Juditsky, 1992). It looks back over a share of all steps, early
-            # on over a ninth of those so far: or it would be full of the random start.
+            # on over a ninth of those so far: otherwise it would be full of the random start.
             step = (epoch - 1) * steps + batch_id
             keep = min(1 - 1 / window, (1 + step) / (10 + step))
             with torch.no_grad():
-                for slow, fast in pairs:             # (batch norm's counter is a whole number)
+                for slow, fast in pairs:             # (batch norm's counter is whole: copied)
                     slow.lerp_(fast, 1 - keep) if slow.is_floating_point() else slow.copy_(fast)
             # Sums stay on the device. Looking at one makes a GPU finish all its work first, so it
             # is done every 50 steps only. The loss is a mean over the batch, and the last batch is
-            # smaller: times its size it is a sum, or those few images would count for more.
+            # smaller: times its size it is a sum, and those few images do not count for more.
             loss_sum += loss.detach() * len(labels)
             correct += (logits.argmax(1) == labels).sum()
             seen += len(labels)
@@ -146,14 +146,15 @@ def require_finite(loss: float, row: dict) -> None:
     next step every weight: nothing that follows could mend it."""
     if not math.isfinite(loss):
         raise UserError(f"epoch {row['epoch']}: the loss is {loss} at batch {row['batch_id']}. Try "
-                        "a lower --lr or --clip 1. The last checkpoint is of the epoch before")
+                        "a lower --lr or --clip 1")
 
 # ---- Optimizers: from a gradient to a step ----------------------------------------------------
 # g is the gradient, w a weight, η the learning rate. Two default rates each: the first for
 # schedules that start with it, in the usual range (sgd 1e-3 to 1e-1, the Adams 3e-4 to 1e-3,
 # rmsprop 1e-4 to 1e-3); the second is OneCycle's maximum, which is touched for a moment only, so it
-# may be a good deal larger, and should be. lr_finder.py measures where it lies. (Adam divides by
-# the size of the gradient and sgd does not: a rate of one says nothing about that of the other.)
+# may be a good deal larger, and should be (half of it from 10 epochs on: make_config). lr_finder.py
+# measures where it lies. (Adam divides by the size of the gradient and sgd does not: a rate of one
+# says nothing about that of the other.)
 
 DEFAULT_LR = {"sgd": (0.05, 0.4), "adam": (1e-3, 2e-2), "adamw": (1e-3, 2e-2),
               "rmsprop": (1e-3, 6e-3)}
@@ -225,12 +226,7 @@ def make_scheduler(config: dict, optimizer, steps: int):
 
 def sanity(config: dict, data: Data) -> bool:
     """The lecture's checks of any network, data and recipe: print what is seen, what is expected
-    and what is likely wrong where they differ. Returns whether all is well. A few seconds.
-
-    The lecture's order of work: these checks; the range test (lr_finder.py); a coarse grid of one
-    or two epochs each; the two or three best for 10 to 20 epochs with a schedule. One change at a
-    time, each compared with a baseline.
-    """
+    and what is likely wrong where they differ. Returns whether all is well. A few seconds."""
     def trial(count, **changes):                     # by the one training loop there is
         part, none = tuple(x[:count] for x in data.train), tuple(x[:0] for x in data.test)
         return train(config | {"label_smoothing": 0.0} | changes,
@@ -266,7 +262,7 @@ def save_run(folder: Path | None, config: dict, rows: list[dict], parts: dict) -
         return
     # Weights are not enough to go on from. The optimizer holds the momentum of each weight, the
     # scheduler knows how far it got, and the average is not the network: without any of the three
-    # the next step would be another one than if nothing had happened.
+    # the run would end elsewhere than if nothing had happened.
     states = {name: part.state_dict() for name, part in parts.items()}
     contents = {"checkpoint.pt": {"config": config, "rows": rows, **states}}
     if len(rows) == config["epochs"]:                # the end: what analyze.py and others load
@@ -358,7 +354,7 @@ def make_parser() -> Parser:
     # For how long, and against learning by heart. Batches of 32 to 256, label smoothing 0.05.
     add("--epochs", type=number(int, 1, 9999), default=18, help="passes over the images")
     add("--batch-size", type=number(int, 1), help="images a step; None: by --epochs")
-    add("--label-smoothing", type=number(float, 0, 0.9), help="share spread evenly; None: likewise")
+    add("--label-smoothing", type=number(float, 0, 0.9), help="spread evenly; None: by --epochs")
     add("--ema", type=number(float, 0, 1), default=0.07,
         help="window of the moving average of the weights, a share of all steps; 0 is off")
     # Which run, and where.
@@ -392,7 +388,7 @@ def open_run(args) -> tuple[dict, dict | None]:
     config = make_config(args)
     if args.resume is None:
         return config, None
-    # A run keeps its settings, or it would be two runs; only where it finds things may change.
+    # A run keeps its settings, but for where it finds things: with others it would be two runs.
     given = {word.split("=")[0] for word in sys.argv[1:] if word.startswith("--")} - {"--resume"}
     if wrong := given - {"--data-dir", "--device"}:  # anything else would make another training
         raise UserError(f"--resume keeps the run's own settings: leave out {' '.join(wrong)}")
@@ -411,7 +407,8 @@ def main() -> None:
     if args.sanity:
         raise SystemExit(0 if sanity(config, data) else 1)
     accuracies = []                                  # of the last epoch, one for each seed
-    for config["seed"] in range(config["seed"], config["seed"] + args.runs):     # all else equal
+    for seed in range(config["seed"], config["seed"] + args.runs):
+        config["seed"] = seed                        # all else is equal
         folder = args.resume or new_folder(args.out)
         try:
             net, rows = train(config, data, folder, state, printer(config, data))
@@ -424,7 +421,7 @@ def main() -> None:
                 folder.rmdir()                       # works only if it is empty: nothing was begun
         accuracies.append(rows[-1]["test_accuracy"])
         print(f"\n{data.name}: {accuracies[-1]:.2f}% of {len(data.test[0]):,} test images right "
-              f"after the last epoch, seed {config['seed']}\n{config['model']}, "
+              f"after the last epoch, seed {seed}\n{config['model']}, "
               f"{count_parameters(net):,} parameters, {config['epochs']} epochs in "
               f"{sum(row['seconds'] for row in rows):.0f} s\n"
               f"next: python analyze.py --run {folder.as_posix()}")
