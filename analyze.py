@@ -233,7 +233,7 @@ def curves(rows: list[dict], path) -> None:
                 name: (epochs, [row[f"{name}_{kind}"] for row in rows])
                 for name in names if f"{name}_{kind}" in rows[0]}}
            for kind, unit in (("loss", "mean"), ("accuracy", "percent"))
-           for title, *names in (("Augmented training", "train"), ("Test", "test", "val"))], path)
+           for title, *names in (("Training", "train"), ("Test", "test", "val"))], path)
 
 def axis(values, log=False):
     """(places, ticks) of an axis on which all these values lie. places(values) go from 0, its low

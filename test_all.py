@@ -968,12 +968,14 @@ TABLES = ("records", "schedules", "recipe", "heads", "networks", "augmentation")
 
 def readme_lines(table):
     """The lines of one of the README's tables, from the rows of assets/choices.csv, one a run."""
-    runs, lines = {}, {}
+    runs, lines, times = {}, {}, {}
     for row in csv.DictReader(open(HERE / "assets/choices.csv")):
         name = (row["flags"].split("--model ")[1:] or ["default"])[0].split()[0]
         plain = row["flags"] == f"{f'--model {name} ' * (name != 'default')}--epochs 3 --val 10000"
         if row["table"] == table or table == "networks" and plain:       # those of other tables
             runs.setdefault((row["flags"], int(row["parameters"]), name), []).append(row)
+        if row["table"] == "seconds":
+            times.setdefault(name, []).append(float(row["seconds"]))
     assert runs and all(len(rows) == (5 if table == "records" else 3) for rows in runs.values())
     for (flags, count, name), rows in runs.items():
         a = [float(row["accuracy"]) for row in rows]
@@ -983,9 +985,9 @@ def readme_lines(table):
             continue
         lines[flags] = [f"{count:,} | {cell} {min(a):.2f} to {max(a):.2f} |"]
         if table == "networks":
-            seconds = statistics.median(float(row["seconds"]) / int(row["epochs"]) for row in rows)
             net = rf.walk(model.build(name), model.INPUT_SHAPES[name])
-            lines[flags].append(f"{sum(row.multiply_adds for row in net):,} | {seconds:.0f} |")
+            lines[flags].append(f"{sum(row.multiply_adds for row in net):,} | "
+                                f"{statistics.median(times[name]):.0f} |")
     return [" ".join(["|", name if table == "schedules" else
                       f"`{f'python train.py {name}'.strip()}`", "|", *cells])
             for name, cells in lines.items()]
