@@ -67,7 +67,7 @@ def calibration(logits: Tensor, labels: Tensor, bins=15) -> tuple[float, float]:
 
 def suspects(logits: Tensor, labels: Tensor) -> list[tuple[int, int, int, float, float]]:
     """All N images, the least believed label first, from R×N×10 logits of R runs, one or more:
-    (index, label, best other digit, self-confidence, margin). (Northcutt, Athalye, Mueller, 2021)
+    (index, label, best other digit, self-confidence, margin). (Northcutt, Jiang, Chuang, 2021)
 
     Self-confidence is the label's probability, averaged over the runs; the margin is that less the
     best other digit's: +1, all are certain of the label; below 0, an error; −1, all are certain
@@ -209,8 +209,8 @@ def draw_ranked(ranked: list, images: Tensor, path) -> None:
 def evidence_maps(net: nn.Module, x: Tensor) -> Tensor | None:
     """N×10×H×W: for each class a map of evidence, whose sum is the class's logit: what each place
     adds to it. None for networks that do not end in a head "conv" or "place"."""
-    *body, head = net.children()
-    if isinstance(head, nn.Sequential) and isinstance(head[0], nn.Conv2d):
+    *body, head = net.children() if isinstance(net, nn.Sequential) else [None]
+    if isinstance(head, nn.Sequential) and isinstance(head[-2:][0], nn.AdaptiveAvgPool2d):
         maps = nn.Sequential(*body, *head[:-2])(x)       # all but the average and its flattening
         return maps / maps[0, 0].numel()
 
@@ -365,7 +365,7 @@ def main() -> None:
     add("--image", type=user_path, metavar="FILE", help="read a picture of one digit")
     add("--suspects", action="store_true", help="rank the test labels by how wrong they look")
     args = parser.parse_args()
-    finished = Path("runs").glob("*/weights.pt")         # train.py numbers them: take the last
+    finished = Path("runs").glob("[0-9]*/weights.pt")    # train.py numbers them: take the last
     folders = args.run or [max(finished, default=Path("runs/001/weights.pt")).parent]
     runs = [load_run(folder) for folder in folders]
     config, out = runs[0][1], args.out or folders[0] / "analysis"

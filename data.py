@@ -31,7 +31,7 @@ except KeyboardInterrupt:                            # torch takes seconds: Ctrl
     raise SystemExit(130)
 
 # ---- Augmentation: a digit stays the same digit when it is moved a little ---------------------
-# Varied, the network never sees the same image twice, so it cannot learn images by heart; it has to
+# No image is seen twice in the same form, so the network cannot learn images by heart; it has to
 # learn what stays the same. Each preset names ranges; each image of a batch draws its own numbers
 # from them. N1, N2 and N3 are the recipes of the course notes; the four after "default" its parts.
 

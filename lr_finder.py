@@ -95,22 +95,22 @@ def pick_rates(rates: list[float], losses: list[float], beta=0.8) -> dict[str, f
     curve = smooth(losses, beta)
     if len(curve) < 3:                               # no slope without a neighbour on either side
         return {}
-    # The descent to read: from the highest point before the lowest down to that. What comes after
-    # the lowest is the explosion, and higher than anything.
+    # The descent to read ends at the lowest point, and begins at the highest one before it. What
+    # comes after the lowest is the explosion, and may be higher than both.
     lowest = min(range(len(curve)), key=curve.__getitem__)
     first = max(range(lowest + 1), key=curve.__getitem__)
     fall = curve[first] - curve[lowest]              # the way that is gone, in units of loss
     if not fall > 0.05 * abs(curve[first]):
         return {}
-    # Where is 80% of the longest descent done? A long slope crosses a level in one place, whatever
-    # the noise; the steepest point, the maximum of a derivative, jumps to any wiggle. OneCycle's
-    # maximum, touched for a moment only, may be four times as large (chosen on seeds 100 to 102).
+    # Where is 80% of the longest descent done? A long slope crosses a level in one place; the
+    # steepest point, the maximum of a derivative, may jump to a wiggle (with adam it does: README).
+    # OneCycle's maximum, touched for a moment only, may be four times as large (seeds 100 to 102).
     valley = next(i for i in range(first, lowest + 1) if curve[i] <= curve[first] - 0.8 * fall)
     picks = {"recommended": 4 * rates[valley], "valley": rates[valley]}
     # The slope is that against log(lr), as in the figure, where all steps are equally wide.
     if lowest > 1:
         picks["steepest"] = rates[min(range(1, lowest), key=lambda i: curve[i + 1] - curve[i - 1])]
-    # At the lowest point the loss no longer falls: that rate is too large already.
+    # At the lowest point the loss no longer falls: to be held, that rate is too large already.
     picks["minimum / 10"] = rates[lowest] / 10
     if losses[-1] > 2 * curve[lowest] or not math.isfinite(losses[-1]):
         # The sweep ended in an explosion. Where did that begin? Walk back down from the end while
@@ -161,7 +161,7 @@ def trial(cell: dict, config: dict, data: Data) -> dict:
         rows = train(config | cell, data._replace(test=tuple(x[:0] for x in data.test)))[1]
         accuracy, note = rows[-1]["val_accuracy"], ""
         if rows[0]["train_loss"] > 0.95 * math.log(10):      # ln 10: of ten digits, each as likely
-            note = "the first epoch learned nothing: too small"
+            note = "the first epoch learned nothing: too large or too small"
     except UserError as error:
         if "the loss is" not in str(error):          # a network that cannot take the images, say
             raise
@@ -181,10 +181,11 @@ def compete(cells: list[dict], halve: bool, config: dict, data: Data, path: Path
         # trainings comparable, for at most twice the work.
         print(f"{len(cells)} trainings of {cells[0]['epochs']} epoch(s):", flush=True)
         rows = [trial(cell, config, data) for cell in cells]
-        rows.sort(key=lambda row: -1 if math.isnan(row["accuracy"]) else row["accuracy"],
-                  reverse=True)                      # NaN compares with nothing: it goes last
+        rows.sort(key=lambda row: -row["accuracy"] if row["accuracy"] >= 0 else 1)   # NaN is last
         table += rows
         save(path, to_csv(table))                    # after each rung, so Ctrl-C keeps earlier ones
+        if math.isnan(rows[0]["accuracy"]):
+            raise UserError(f"no training stayed finite: try lower rates (table: {path})")
         print(f"best on {len(data.val[0]):,} held-out images: {rows[0]['opt']}, lr "
               f"{rows[0]['lr']:g}, weight decay {rows[0]['weight_decay']:g}; table: {path}")
         if not halve or len(cells) == 1:

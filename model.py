@@ -26,8 +26,8 @@ def block(c_in: int, c_out: int, kernel=3, padding=1, dropout=0.0, bias=False,
     """Convolution -> batch norm -> activation (-> dropout). Height and width shrink by
     kernel - 1 - 2·padding.
 
-    Batch norm (Ioffe and Szegedy, 2015) subtracts each channel's mean, which cancels a bias of
-    the convolution before it: leaving the bias out loses nothing and saves c_out parameters.
+    Batch norm (Ioffe and Szegedy, 2015) brings each channel to mean 0, deviation 1 over the batch,
+    then to a learned scale and shift. It cancels a bias before it; only the notes' nets have one.
     """
     layers = [nn.Conv2d(c_in, c_out, kernel, padding=padding, bias=bias),
               nn.BatchNorm2d(c_out), activation()]
@@ -38,7 +38,7 @@ def down_block(c_in: int, c_out: int, down="pool", activation=nn.ReLU) -> nn.Seq
 
     "pool":    the maximum of each 2×2, before batch norm and activation: they then work on a
                quarter of the numbers. It is not the same function as "late": batch norm measures
-               the maxima only, and SiLU, which dips below 0, may not trade places with a maximum.
+               the maxima only, and SiLU, which first falls, may make another number the largest.
     "late":    the same after the activation, where most networks have it.
     "overlap": the maximum of 3×3 windows, two pixels apart. They share their edges, so a stroke
                that moves by a pixel changes less (Krizhevsky et al., 2012).
@@ -78,9 +78,9 @@ class Places(nn.Module):
 
     def __init__(self, channels: int, side: int):
         super().__init__()
-        # They act as 1 at first, as the plain average, and are stored side times smaller: a step of
-        # sgd then moves them side² = 49 times as far, which small networks and short
-        # trainings need. (Stored as 1/side², 2,401 times: large rates break that training.)
+        # They act as 1 at first, as the plain average, and are stored as 1/side: a step of sgd then
+        # moves them side² = 49 times as far as if stored as 1, which small networks and short
+        # trainings need. (Stored as 1/side², 2,401 times as far: large rates break that.)
         self.weight, self.side = nn.Parameter(torch.full((channels, side, side), 1 / side)), side
 
     def forward(self, x: Tensor) -> Tensor:
@@ -113,8 +113,8 @@ def he_init(net: nn.Module) -> None:
 
     Two things to know. Behind the last layer there is no ReLU, so nothing is halved there; and
     with no batch norm to keep sizes in check, pooling for the maximum makes them grow. The logits
-    of n2_plain start so large that its first loss is 7 or 8 in place of ln 10 = 2.3: `python
-    train.py --sanity --model n2-plain` says so.
+    of n2_plain start so large that its first loss is 3 to 8, by seed, in place of ln 10 = 2.3:
+    `python train.py --sanity --model n2-plain` says so.
     """
     for layer in net.modules():
         if isinstance(layer, (nn.Conv2d, nn.Linear)) and not nn.parameter.is_lazy(layer.weight):
@@ -134,7 +134,7 @@ def default(head="place", down="pool", activation="silu", dropout=0.1) -> nn.Seq
       of 15→24 and three of 24→24 use up the budget.
     - SiLU, x·sigmoid(x), in place of ReLU (Elfwing et al., 2017): the same shape without the kink,
       and no unit is ever quite dead. `--activation relu` tells what it is worth.
-    - Dropout only once, where the features meet the head: on larger maps it costs more time.
+    - Dropout (in training, sets a tenth of the features to 0, at random) only before the head.
     """
     act = {"silu": nn.SiLU, "relu": nn.ReLU}[activation]
     return nn.Sequential(

@@ -172,7 +172,7 @@ class Follower(TorchFunctionMode):
             return func(*args, **kwargs)
         self.kind, self.inputs = kind, inputs
         self.windows = windows_of(self.kind, self.path[-1][1], args[1:], kwargs)
-        self.cost = args[1][0].numel() if self.kind in ("conv2d", "linear") else 0    # of one unit
+        self.cost = kind in ("conv2d", "linear") and [*args, kwargs.get("weight")][1][0].numel()
         value = func(*args, **kwargs)
         if not isinstance(value, torch.Size):          # it would come back as a plain tuple
             value = map_aggregate(value, self.see)

@@ -799,7 +799,8 @@ def test_the_evidence_maps_of_a_head_sum_to_the_logits():
     for head in ("conv", "place"):
         net = model.build("default", head=head).eval()
         assert torch.allclose(analyze.evidence_maps(net, x).sum((2, 3)), net(x), atol=1e-5)
-    for net in (model.build("default", head="linear").eval(), model.build("n2")):
+    ending = nn.Sequential(nn.Identity(), nn.Sequential(nn.Conv2d(1, 10, 28), nn.Flatten()))
+    for net in (model.build("default", head="linear"), model.build("n2"), ending, nn.Identity()):
         assert analyze.evidence_maps(net, x) is None
 
 def drawn(paper, colour, frame=0, desk=0):
@@ -957,10 +958,11 @@ def test_a_search_halves_its_cells_and_never_writes_over_a_table(monkeypatch, ru
     assert tried[6][0] == max(tried)[0]
 
 def test_the_grid_flags_rates_that_are_too_large_or_too_small(run, tmp_path):
-    text, _ = run(lr_finder, "--data", "synthetic", "--batch-size", 16, "--limit", 1920, "--grid",
-                  "sgd:1e9,0", "sgd:1e-7,0", "adam:1e-2,0", "--out", tmp_path)
+    flags = "--data", "synthetic", "--batch-size", 16, "--limit", 1920, "--out", tmp_path, "--grid"
+    text, _ = run(lr_finder, *flags, "sgd:1e9,0", "sgd:1e-7,0", "adam:1e-2,0")
     assert re.search("1e[+]09 .*too large\n.*1e-07 .*too small\n.*0.01 .* 0\n", text)
     assert "images: adam, lr 0.01" in text
+    assert "no training stayed finite" in run(lr_finder, *flags, "sgd:1e9,0", code=2)[1]
 
 # ---- README: its tables, computed again from their rows ---------------------------------------
 

@@ -75,8 +75,8 @@ def train(config: dict, data: Data, folder: Path | None = None, state: dict | No
             # step before have to go first; without zero_grad each step would repeat all old ones.
             optimizer.zero_grad()
             loss.backward()
-            if config["clip"]:                       # shrink all gradients together, if their norm
-                nn.utils.clip_grad_norm_(net.parameters(), config["clip"])      # is larger than it
+            if config["clip"]:                       # a gradient longer than that is shrunk to it
+                nn.utils.clip_grad_norm_(net.parameters(), config["clip"])
             optimizer.step()                         # moves each parameter: see make_optimizer
             if config["sched"] != "plateau":
                 scheduler.step()                     # sets the rate of the next step
@@ -86,7 +86,7 @@ def train(config: dict, data: Data, folder: Path | None = None, state: dict | No
             step = (epoch - 1) * steps + batch_id
             keep = min(1 - 1 / window, (1 + step) / (10 + step))
             with torch.no_grad():
-                for slow, fast in pairs:             # (batch norm's counter is whole: copied)
+                for slow, fast in pairs:             # (an integer, batch norm's counter, is copied)
                     slow.lerp_(fast, 1 - keep) if slow.is_floating_point() else slow.copy_(fast)
             # Sums stay on the device. Looking at one makes a GPU finish all its work first, so it
             # is done every 50 steps only. The loss is a mean over the batch, and the last batch is
@@ -225,8 +225,8 @@ def make_scheduler(config: dict, optimizer, steps: int):
 # ---- Before any tuning: is the setup sound? ---------------------------------------------------
 
 def sanity(config: dict, data: Data) -> bool:
-    """The lecture's checks of any network, data and recipe: print what is seen, what is expected
-    and what is likely wrong where they differ. Returns whether all is well. A few seconds."""
+    """The lecture's checks of any network, data and recipe, in a few seconds: print what is seen,
+    expected, and likely wrong. Returns whether all is well. Raises UserError if it explodes."""
     def trial(count, **changes):                     # by the one training loop there is
         part, none = tuple(x[:count] for x in data.train), tuple(x[:0] for x in data.test)
         return train(config | {"label_smoothing": 0.0} | changes,
@@ -294,7 +294,7 @@ def printer(config: dict, data: Data):
 
     def show(row, seen=0, started=0.0):
         # Measured while the network learns, on augmented images and with dropout on, "Train" lags
-        # behind "Test", and that is no mistake.
+        # behind "Test" until the last epochs, and that is no mistake.
         line = (f"Train: Loss={row['train_loss']:.4f} Batch_id={row['batch_id']} "
                 f"LR={row['lr']:.6f} Accuracy={row['train_accuracy']:.2f}")
         if seen and live:                            # within an epoch; "\r" goes back to its start
@@ -346,7 +346,7 @@ def make_parser() -> Parser:
     add("--lr", type=LR, help="with onecycle the maximum; None: by --opt, --sched and --epochs")
     add("--sched", choices=SCHEDULES, default="onecycle", help="how the rate changes")
     add("--step-every", type=number(int, 1), help="epochs between halvings of --sched step")
-    add("--momentum", type=number(float, 0, 0.9999), default=0.9, help="beta1 of the Adams, too")
+    add("--momentum", type=number(float, 0, 0.9999), default=0.9, help="of sgd; beta1 of the Adams")
     add("--nesterov", action=switch, default=True, help="look ahead, with sgd's momentum")
     add("--weight-decay", type=DECAY, help="None: by optimizer")
     add("--decay-all", action=switch, default=False, help="also of batch norm and biases")
