@@ -104,7 +104,7 @@ def pick_rates(rates: list[float], losses: list[float], beta=0.8) -> dict[str, f
         return {}
     # Where is 80% of the longest descent done? A long slope crosses a level in one place; the
     # steepest point, the maximum of a derivative, may jump to a wiggle (with adam it does: README).
-    # OneCycle's maximum, touched for a moment only, may be four times as large (seeds 100 to 102).
+    # OneCycle's maximum, touched for a moment, may be four times that (chosen on seeds 100 to 102).
     valley = next(i for i in range(first, lowest + 1) if curve[i] <= curve[first] - 0.8 * fall)
     picks = {"recommended": 4 * rates[valley], "valley": rates[valley]}
     # The slope is that against log(lr), as in the figure, where all steps are equally wide.
@@ -161,7 +161,7 @@ def trial(cell: dict, config: dict, data: Data) -> dict:
         rows = train(config | cell, data._replace(test=tuple(x[:0] for x in data.test)))[1]
         accuracy, note = rows[-1]["val_accuracy"], ""
         if rows[0]["train_loss"] > 0.95 * math.log(10):      # ln 10: of ten digits, each as likely
-            note = "the first epoch learned nothing: too large or too small"
+            note = "the first epoch learned little: too large or too small"
     except UserError as error:
         if "the loss is" not in str(error):          # a network that cannot take the images, say
             raise

@@ -38,7 +38,7 @@ def down_block(c_in: int, c_out: int, down="pool", activation=nn.ReLU) -> nn.Seq
 
     "pool":    the maximum of each 2×2, before batch norm and activation: they then work on a
                quarter of the numbers. It is not the same function as "late": batch norm measures
-               the maxima only, and SiLU, which first falls, may make another number the largest.
+               the maxima only, and SiLU, which falls before it rises, may make another the largest.
     "late":    the same after the activation, where most networks have it.
     "overlap": the maximum of 3×3 windows, two pixels apart. They share their edges, so a stroke
                that moves by a pixel changes less (Krizhevsky et al., 2012).
@@ -134,7 +134,7 @@ def default(head="place", down="pool", activation="silu", dropout=0.1) -> nn.Seq
       of 15→24 and three of 24→24 use up the budget.
     - SiLU, x·sigmoid(x), in place of ReLU (Elfwing et al., 2017): the same shape without the kink,
       and no unit is ever quite dead. `--activation relu` tells what it is worth.
-    - Dropout (in training, sets a tenth of the features to 0, at random) only before the head.
+    - Dropout (in training, a tenth of the features, at random, is 0) only here: it takes time.
     """
     act = {"silu": nn.SiLU, "relu": nn.ReLU}[activation]
     return nn.Sequential(

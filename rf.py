@@ -197,7 +197,7 @@ class Follower(TorchFunctionMode):
         if self.windows or self.cost or parameters or not self.rows or (out, axes) != (
                 self.rows[-1].shape, self.rows[-1].axes):
             self.rows.append(Row(self.place(), out, self.windows, axes, measure(result, axes),
-                                 parameters, self.cost * math.prod(out)))
+                                 parameters, self.cost * math.prod(out)))      # cost: of one unit
         return result
 
 def walk(net: nn.Module, input_shape: tuple) -> list[Row]:

@@ -225,8 +225,8 @@ def make_scheduler(config: dict, optimizer, steps: int):
 # ---- Before any tuning: is the setup sound? ---------------------------------------------------
 
 def sanity(config: dict, data: Data) -> bool:
-    """The lecture's checks of any network, data and recipe, in a few seconds: print what is seen,
-    expected, and likely wrong. Returns whether all is well. Raises UserError if it explodes."""
+    """The lecture's checks of any network, data and recipe, in a few seconds: print what is seen
+    and, where it is wrong, why. Returns whether all is well. UserError if the loss explodes."""
     def trial(count, **changes):                     # by the one training loop there is
         part, none = tuple(x[:count] for x in data.train), tuple(x[:0] for x in data.test)
         return train(config | {"label_smoothing": 0.0} | changes,
