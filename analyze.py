@@ -1,382 +1,779 @@
-"""What the network gets wrong, and why: a report on one screen, and pictures of its mistakes.
+"""What the network gets wrong, and why: a report on one screen, and all pictures of the project.
 
-What it teaches: one accuracy hides most of what a test set can tell. Which digits are taken for
-which, whether the network knows when it is guessing, where in the image it found its evidence, and
-whether now and then it is the label that is wrong.
+What it teaches: one accuracy hides most of what a test set can tell. Which digits are confused, does
+the network know when it is guessing, where in the image did it find its evidence, and is it
+sometimes the label that is wrong?
 
-    python analyze.py                               the last run under runs/
-    python analyze.py --run runs/003                another run
-    python analyze.py --suspects --runs runs/00*    is it the network or the label? (several seeds)
-    python analyze.py --image photo.png             a digit of your own
+    python analyze.py                                 the last run under runs/
+    python analyze.py --run runs/003                  another run; also while it is still training
+    python analyze.py --compare runs/001 runs/002     is one of two runs better, or is it noise?
+    python analyze.py --suspects runs/001 runs/002    label errors, by one run or by several
+    python analyze.py --image photo.png               a digit of your own
 
-Its pictures go into the run's own folder, under analysis/. The project's only evaluation loop, line
-chart and gallery are here too; the other scripts import them.
+Its pictures go into the folder of the run, under analysis/.
 """
-import io, math, zipfile
+import csv
+import io
+import math
+from collections import namedtuple
 from pathlib import Path
 
-from data import (PRESETS, Parser, UserError, augment, batches, load, normalize, reason,
-                  run_command, save, user_path)
+from data import (AUGMENTATIONS, Parser, UserError, augment, font, load, normalize, quote, reason,
+                  run_command, save, user_path)      # before torch: see data.py
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageDraw, ImageFont, ImageOps
-from torch import Tensor, nn
+from PIL import Image, ImageColor, ImageDraw, ImageOps
+from torch import nn
 
-from model import INPUT_SHAPES, build, count_parameters
+from model import count_parameters, input_shape
+from train import load_run, predict
 
-# ---- The evaluation loop, and what its numbers say --------------------------------------------
 
-@torch.no_grad()                             # no backward follows: do not keep layers' outputs
-def evaluate(net: nn.Module, images: Tensor, labels: Tensor, mean, std, batch_size=1000) -> dict:
-    """Loss (mean over the images), accuracy (0 to 1), logits (N×10, on the CPU) of uint8 images."""
-    # Dropout now lets everything pass, and batch norm takes its running statistics: with those of
-    # the batch, an image's logits would depend on which images happen to lie beside it.
-    net.eval()
-    parts = batches(images, labels, batch_size, shuffle=False)
-    logits = torch.cat([net(normalize(part, mean, std)) for part, _ in parts]).cpu()
-    labels = labels.cpu()
-    # One mean over all images. A mean of the batches' means would let an image of a smaller last
-    # batch count for more: a single one left over would weigh as much as 1,000 others together.
-    return {"logits": logits, "loss": F.cross_entropy(logits, labels).item(),
-            "accuracy": (logits.argmax(1) == labels).double().mean().item()}
+# ---- The report -------------------------------------------------------------------------------
 
-def wilson(correct: int, total: int, z=1.96) -> tuple[float, float]:
-    """The 95% interval of an accuracy (Wilson, 1927): all true accuracies for which the observed
-    one, p, would be within 1.96 standard deviations, that is, no surprise.
-
-    The textbook's p ± 1.96·sqrt(p(1−p)/n) takes the standard deviation at p itself: for 10 right of
-    10 it is 0, as if ten images could prove perfection. Wilson's says 72% to 100%.
-    """
-    p, z2 = correct / total, z * z / total
-    centre = (p + z2 / 2) / (1 + z2)         # p, pulled towards 1/2 as if by z² ≈ 4 more images
-    half = z / (1 + z2) * math.sqrt((p * (1 - p) + z2 / 4) / total)
-    return centre - half, centre + half
-
-def calibration(logits: Tensor, labels: Tensor, bins=15) -> tuple[float, float]:
-    """Is it right in 90% of the cases in which it is 90% sure? Returns its mean confidence (largest
-    probability) and the expected calibration error (Guo et al., 2017): in bins by confidence, how
-    far mean confidence and accuracy lie apart, averaged, each bin weighted by its images."""
-    confidence, predictions = logits.softmax(1).max(1)
-    bin_of = (confidence * bins).long().clamp(max=bins - 1)          # clamp: 100% is the last bin's
-    # confidence − right, summed in a bin, is images × distance. An image alone is right or wrong,
-    # never "90% right", so it takes bins; a single bin would let too sure cancel too shy.
-    gaps = torch.zeros(bins).index_add(0, bin_of, confidence - (predictions == labels).float())
-    return confidence.mean().item(), gaps.abs().sum().item() / len(labels)
-
-def suspects(logits: Tensor, labels: Tensor) -> list[tuple[int, int, int, float, float]]:
-    """All N images, the least believed label first, from R×N×10 logits of R runs, one or more:
-    (index, label, best other digit, self-confidence, margin). (Northcutt, Jiang, Chuang, 2021)
-
-    Self-confidence is the label's probability, averaged over the runs; the margin is that less the
-    best other digit's: +1, all are certain of the label; below 0, an error; −1, all are certain
-    that it is wrong. Softmax comes before the average: one vote a run, however large its logits.
-    """
-    probabilities, own = logits.softmax(-1).mean(0), labels[:, None]                # N×10, N×1
-    given = probabilities.gather(1, own)[:, 0]
-    best, other = probabilities.scatter(1, own, -1.0).max(1)         # the label is out of the way
-    columns = (torch.arange(len(labels)), labels, other, given, given - best)
-    return sorted(zip(*(column.tolist() for column in columns)), key=lambda row: row[-1])
-
-def report_run(folder: Path, net: nn.Module, config: dict, data, out: Path) -> None:
-    """Print the report of one run and draw its pictures."""
+def report(run, data, folder, out) -> None:
+    """Print what one run gets right and wrong on the test images, and draw its pictures."""
     images, labels = data.test
-    result = evaluate(net, images, labels, *mean_std_of(config))
-    logits = result["logits"]
-    # A row for each label, a column for each answer. label·10 + answer numbers the 100 cells row by
-    # row, so counting how often each number occurs fills the whole table.
-    confusion = torch.bincount(labels * 10 + logits.argmax(1), minlength=100).view(10, 10)
-    errors = confusion - confusion.diag().diag()
-    low, high = wilson(confusion.trace().item(), len(labels))
-    sure, ece = calibration(logits, labels)
-    second = (logits.topk(2).indices[:, 1] == labels).sum()
-    print(f"{folder}: {config['model']}, {count_parameters(net):,} parameters\n"
-          f"{data.name} test set: accuracy {result['accuracy']:.2%} (95% interval {low:.2%} to "
-          f"{high:.2%}), {errors.sum()} errors in {len(labels)}, loss {result['loss']:.4f}\n"
-          f"second guess: right in {second} of the errors\ncalibration: {sure:.2%} sure on average"
-          f", expected calibration error {ece:.4f}\n\n"
-          f"label called{''.join(f'{digit:6}' for digit in range(10))}   recall")
-    # Recall divides by the row: of the real 4s, how many were called 4? Precision divides by the
-    # column: of all called 4, how many are 4s? A network that calls everything 4 has a recall of
-    # 100% there and a precision of 10%: either alone is easy to have.
-    recall, precision = (100 * confusion.diag() / confusion.sum(dim).clamp(min=1) for dim in (1, 0))
-    for digit, row in enumerate(confusion.tolist()):
-        print(f"{digit:<12}", *(f"{n or '.':>6}" for n in row), f"{recall[digit]:8.2f}%", sep="")
-    print("precision, %", *(f"{p:6.1f}" for p in precision), "\n\nmost confused", sep="")
-    pairs = (errors + errors.T).triu().flatten()         # 4 called 9 and 9 called 4: one confusion
-    for a, b in (divmod(cell, 10) for cell in pairs.topk(5).indices.tolist() if pairs[cell]):
-        print(f"{a} and {b}: {errors[a, b]} {a}s called {b}, {errors[b, a]} {b}s called {a}")
-    ranked = suspects(logits[None], labels)
-    draw_ranked(ranked, images, out / "failures.png")
-    # Without the diagonal, and the colour is log(1 + count): beside a cell of 30 those of 1 would
-    # be as dark as those of 0.
-    gallery([heat(errors.float().log1p())], ["Rows: label, from 0 at the top. Columns: answer"],
-            out / "confusion.png", 1, 40)
-    torch.manual_seed(0)                                 # the same picture each time
-    tiles = [tile(255 * torch.cat([*augment(data.train[0][:10], name)], 2)) for name in PRESETS]
-    gallery(tiles, list(PRESETS), out / "augmented.png", 1, 2)       # a tile: ten images, one row
-    shown = [0, 1, 2, 3] + [row[0] for row in ranked[:4]]            # ordinary ones, and the worst
-    draw_evidence(net, config, images[shown], out / "features.png")
+    logits = predict(run.network, images, run.mean, run.std)
+    answers = logits.argmax(1)
+    loss = F.cross_entropy(logits, labels)
+    correct = int((answers == labels).sum())
+    low, high = wilson_interval(correct, len(labels))
+    second = logits.topk(2).indices[:, 1]
+    confidence, error = calibration(logits, labels)
 
-def report_suspects(runs: list, data, out: Path) -> None:
-    """Print the 20 least believed test labels of one run or several, and draw more of them. This
-    proves nothing: runs of one recipe share their blind spots, and an odd digit with a right label
-    looks the same from here. Of MNIST's 10,000 test labels people found 15 wrong (Northcutt et al.,
-    2021): with four runs, all 15 were among the first 100 here."""
-    if any(config["data"] != data.name for _, config in runs):
-        raise UserError("--runs: these were trained on different data")
-    logits = [evaluate(net, *data.test, *mean_std_of(config))["logits"] for net, config in runs]
-    ranked = suspects(torch.stack(logits), data.test[1])
-    for row in ranked[:20]:
-        print("#{:<5} label {}, or {}?  confidence {:.4f}, margin {:+.3f}".format(*row))
-    draw_ranked(ranked, data.test[0], out / "suspects.png")
+    print(f"{folder}: {run.args.model}, {count_parameters(run.network):,} parameters; "
+          f"{run.args.opt}, {run.args.sched}, {run.args.epochs} epochs, seed {run.args.seed}")
+    print(f"{data.name} test set: accuracy {correct / len(labels):.2%} (95% interval {low:.2%} to "
+          f"{high:.2%}), {len(labels) - correct} errors in {len(labels)}, loss {loss:.4f}")
+    print(f"second guess: right in {int((second == labels).sum())} of the errors")
+    print(f"calibration: {confidence:.2%} sure on average, expected calibration error {error:.4f}")
+
+    counts = confusion_table(labels, answers, data.classes)
+    print_confusion(counts)
+    print_confused_pairs(counts)
+    draw_all(run, data, logits, counts, out)
+
+
+def wilson_interval(correct: int, total: int, z=1.96) -> tuple[float, float]:
+    """The 95% interval of an accuracy (Wilson, 1927), as shares from 0 to 1.
+
+    It holds all true accuracies that would explain the observed one, p, with an error of at most
+    1.96 standard deviations. The simpler p ± 1.96 · sqrt(p(1 - p) / n) fails near 100%: for 10 of
+    10 it is a single point, as if ten images could prove perfection. Wilson's says 72% to 100%.
+    """
+    p = correct / total
+    centre = p + z * z / (2 * total)
+    half = z * math.sqrt(p * (1 - p) / total + z * z / (4 * total * total))
+    scale = 1 + z * z / total
+    return (centre - half) / scale, (centre + half) / scale
+
+
+def calibration(logits, labels, bins=15) -> tuple[float, float]:
+    """Is the network right in 90% of the cases in which it is 90% sure?
+
+    Returns its mean confidence (its largest probability) and the expected calibration error (Guo
+    et al., 2017): images are sorted into bins by confidence; in each bin mean confidence and
+    accuracy are compared; the differences are averaged, weighted by the images in the bin.
+    A network that was trained with label smoothing is under-confident: it was asked for 95.5%.
+    """
+    confidence, answers = logits.softmax(1).max(1)
+    correct = (answers == labels).float()
+    bin_numbers = (confidence * bins).long().clamp(max=bins - 1)
+    error = 0.0
+    for number in range(bins):
+        inside = bin_numbers == number
+        if inside.any():
+            difference = confidence[inside].mean() - correct[inside].mean()
+            error += abs(difference.item()) * inside.sum().item() / len(labels)
+    return confidence.mean().item(), error
+
+
+def confusion_table(labels, answers, classes: int):
+    """K×K counts: a row per label, a column per answer."""
+    counts = torch.zeros(classes, classes, dtype=torch.int64)
+    for label, answer in zip(labels.tolist(), answers.tolist()):
+        counts[label, answer] += 1
+    return counts
+
+
+def print_confusion(counts) -> None:
+    """The table with recall and precision.
+
+    Recall: of the real 4s, how many were called 4? Precision: of all that were called 4, how many
+    are 4s? A network that calls everything 4 has a recall of 100% there, and a precision of 10%.
+    """
+    classes = len(counts)
+    header = "".join(f"{answer:6}" for answer in range(classes))
+    print(f"\nlabel called{header}   recall")
+    for label, row in enumerate(counts.tolist()):
+        cells = "".join(f"{count or '.':>6}" for count in row)
+        print(f"{label:<12}{cells}{percent(row[label], sum(row)):>9}")
+    cells = ""
+    for answer, column in enumerate(counts.T.tolist()):
+        cells += f"{percent(column[answer], sum(column), digits=1):>6}"
+    print(f"{'precision, %':<12}{cells}")
+
+
+def percent(part: int, whole: int, digits=2) -> str:
+    if whole == 0:
+        return "-"                                   # no such image, so there is no share
+    return f"{100 * part / whole:.{digits}f}"
+
+
+def print_confused_pairs(counts) -> None:
+    """The five pairs of classes that are confused most often, in either direction."""
+    pairs = []
+    for a in range(len(counts)):
+        for b in range(a + 1, len(counts)):
+            total = int(counts[a, b] + counts[b, a])
+            if total:
+                pairs.append((total, a, b))
+    pairs.sort(reverse=True)
+    print("\nmost confused")
+    for _, a, b in pairs[:5]:
+        print(f"{a} and {b}: {counts[a, b]} {a}s called {b}, {counts[b, a]} {b}s called {a}")
+
+
+# ---- Two runs on the same images --------------------------------------------------------------
+
+def compare(first, second, data, names) -> None:
+    """Print which of two runs makes fewer errors, and whether seed noise would explain it."""
+    images, labels = data.test
+    right = []
+    for run in (first, second):
+        answers = predict(run.network, images, run.mean, run.std).argmax(1)
+        right.append(answers == labels)
+    only_first = int((right[0] & ~right[1]).sum())
+    only_second = int((right[1] & ~right[0]).sum())
+    for name, correct in zip(names, right):
+        print(f"{name}: {int((~correct).sum())} errors in {len(labels)}")
+    print(f"only the first is right: {only_first} images; only the second: {only_second}")
+    p = mcnemar(only_first, only_second)
+    print(f"p = {p:.3f}: two equally good networks differ this much or more in {p:.0%} of cases")
+
+
+def mcnemar(only_first: int, only_second: int) -> float:
+    """The p-value of McNemar's exact test (1947).
+
+    Both networks saw the same images. Those that both get right, or both wrong, say nothing about
+    the difference. If the networks are equally good, each of the other images is a toss of a coin.
+    """
+    tosses = only_first + only_second
+    fewer = min(only_first, only_second)
+    ways = sum(math.comb(tosses, heads) for heads in range(fewer + 1))
+    return min(1.0, 2 * ways / 2 ** tosses)
+
+
+# ---- Label errors -----------------------------------------------------------------------------
+
+Suspect = namedtuple("Suspect", "index label other confidence margin")
+
+
+def rank_labels(logits, labels) -> list:
+    """All N images, the least believed label first (Northcutt, Jiang, Chuang, 2021).
+
+    `logits` R×N×K are those of one or more runs. `confidence` is the probability of the label,
+    averaged over the runs. `margin` is that minus the probability of the best other class: 1 means
+    that all runs are sure of the label, below 0 is an error, -1 means all are sure of another one.
+    """
+    probabilities = logits.softmax(2).mean(0)                                           # N×K
+    of_label = probabilities.gather(1, labels[:, None])[:, 0]                           # N
+    others = probabilities.scatter(1, labels[:, None], -1.0)         # the label is out of the way
+    best, other = others.max(1)
+    ranked = []
+    for index in range(len(labels)):
+        ranked.append(Suspect(index, labels[index].item(), other[index].item(),
+                              of_label[index].item(), (of_label - best)[index].item()))
+    ranked.sort(key=lambda suspect: suspect.margin)
+    return ranked
+
+
+def report_suspects(runs: list, data, out) -> None:
+    """Print the 20 test labels that the runs believe least, and draw 48 of them.
+
+    This proves nothing: an odd digit with a right label looks the same from here. People have found
+    15 of MNIST's 10,000 test labels wrong (Northcutt, Athalye, Mueller, 2021).
+    """
+    images, labels = data.test
+    logits = []
+    for run in runs:
+        if run.args.data != data.name:
+            raise UserError("--suspects: these runs were trained on different data sets")
+        logits.append(predict(run.network, images, run.mean, run.std))
+    ranked = rank_labels(torch.stack(logits), labels)
+    for suspect in ranked[:20]:
+        print(f"#{suspect.index:<5} label {suspect.label}, or {suspect.other}?  confidence "
+              f"{suspect.confidence:.4f}, margin {suspect.margin:+.3f}")
+    draw_ranked(ranked, images, out / "suspects.png")
+
 
 # ---- Your own digit ---------------------------------------------------------------------------
+#
+# MNIST's makers scaled each digit to fit 20×20 pixels, which made its edges grey, and put its centre
+# of mass into the middle of 28×28 pixels, light on black (LeCun et al., 1998). A network that has
+# seen nothing else cannot read anything else. So a picture goes the same way.
 
-def open_picture(path) -> Tensor:
-    """A picture as numbers from 0 to 1, C×H×W, upright, at most 128 pixels wide and high: one
-    channel where pixels have 16 or 32 bits, else red, green, blue, opacity. Raises UserError."""
-    try:
-        picture = ImageOps.exif_transpose(Image.open(path))          # cameras note their turn
-        # RGBa is colour times opacity: whatever colour hides where nothing is opaque becomes 0, and
-        # transparent paper is one colour, from which ink of any colour differs in its opacity.
-        deep = picture.mode[0] in "IF"
-        picture = picture.convert("F") if deep else picture.convert("RGBA").convert("RGBa")
-        picture.thumbnail((128, 128))        # a mean of many pixels: little is left of their noise
-        x = torch.tensor(np.atleast_3d(picture).astype(np.float32))                     # H×W×C
-    except Exception as error:               # each format is damaged in its own way
-        raise UserError(f"--image {path} cannot be read as a picture ({reason(error)})")
-    return x.movedim(2, 0) / x.abs().max().clamp(min=1e-9)
-
-def prepare(picture: Tensor) -> Tensor:
-    """A picture C×H×W of one digit as MNIST would hold it, uint8 1×1×28×28, light on black. Raises
-    UserError for a blank picture.
-
-    MNIST's makers scaled each black-and-white digit to fit 20×20 pixels, which made its edges grey,
-    and put its centre of mass in the middle of 28×28 (LeCun et al., 1998). A network that has seen
-    nothing else is lost on anything else.
-    """
-    # Ink is the minority, so in each channel the median is the paper's. Far from it is ink of any
-    # colour, chalk on a board or yellow on white.
-    paper = picture.flatten(1).median(1).values[:, None, None]
-    far = (picture - paper).abs().amax(0)                                               # H×W
-    # How far ink is, the middle half shows: a black frame or a desk at a side may be farther. Less
-    # than 40% of it is shadow, less than 0.15 is noise.
-    h, w = far.shape
-    farthest = far[h // 4:h - h // 4, w // 4:w - w // 4].max().item()
-    ink = (far > max(0.4 * farthest, 0.15)).float()[None]                               # 1×H×W
-    ink *= F.avg_pool2d(ink, 9, 1, 4) > 0.055            # a stroke has neighbours, dust has none
-    # Frame and desk touch the border: from there, spread to all ink within two pixels, again and
-    # again. What is reached is no digit, unless there is nothing else.
-    outside = ink.clone()
-    outside[:, 1:-1, 1:-1] = 0
-    for _ in range(h + w):
-        outside = F.max_pool2d(outside, 5, 1, 2) * ink
-    ink = (ink if outside.equal(ink) else ink - outside)[0]
-    if not ink.any():
-        raise UserError("--image: the picture is blank, nothing in it stands out from the paper")
-    ink = ink[ink.amax(1) > 0][:, ink.amax(0) > 0]       # rows and columns without it go
-    h, w = (max(1, round(20 * side / max(ink.shape))) for side in ink.shape)
-    ink = F.interpolate(ink[None, None], (h, w), mode="bilinear", antialias=True)[0, 0]
-    top = round(14 - np.average(range(h), weights=ink.sum(1)))       # the centre of mass goes to 14
-    left = round(14 - np.average(range(w), weights=ink.sum(0)))
-    return (255 * F.pad(ink, (left, 28 - w - left, top, 28 - h - top))).byte()[None, None]
-
-def report_image(path: Path, net: nn.Module, config: dict, out: Path) -> None:
-    """Print what the network is shown and the ten probabilities, and draw the evidence maps."""
-    if INPUT_SHAPES[config["model"]] != (1, 28, 28):
-        raise UserError(f"--image: the network {config['model']!r} reads no 28x28 grey images")
+def read_own_digit(path, run, out) -> None:
+    """Print what the network is shown and its ten probabilities. Draw its evidence."""
+    if input_shape(run.args.model) != (1, 28, 28):
+        raise UserError(f"--image: the network {run.args.model!r} reads no grey 28x28 images")
     image = prepare(open_picture(path))
-    for row in image[0, 0].tolist():                     # characters that every encoding has
-        print("".join(2 * " .:+#"[math.ceil(value / 64)] for value in row).rstrip())
-    for digit, p in enumerate(net(normalize(image, *mean_std_of(config)))[0].softmax(0).tolist()):
-        print(f"{digit}  {p:7.2%}")
-    draw_evidence(net, config, image, out / "image.png")
+    for row in image[0, 0].tolist():
+        line = ""
+        for value in row:
+            line += 2 * " .:+#"[math.ceil(value / 64)]
+        print(line.rstrip())
+    probabilities = predict(run.network, image, run.mean, run.std)[0].softmax(0)
+    for digit, probability in enumerate(probabilities.tolist()):
+        print(f"{digit}  {probability:7.2%}")
+    draw_evidence(run, image, out / "image.png")
 
-# ---- Pictures ---------------------------------------------------------------------------------
 
-INK, GREY, PALE, font = "#222222", "#6b6b6b", "#e3e3e3", ImageFont.load_default
-LINES = ("#1f6fb4", "#d9622b", "#2e8b57", "#8e44ad", "#b8860b", "#008b8b", "#c2185b", "#555555")
+def open_picture(path):
+    """A picture as a tensor C×H×W from 0 to 1, upright. Raises UserError.
 
-def draw_ranked(ranked: list, images: Tensor, path) -> None:
-    """A gallery of the 48 images whose labels `suspects` ranks as the least believed."""
-    gallery([tile(images[row[0]]) for row in ranked[:48]],
-            ["#{0}  {4:+.2f}\nlabel {1}, or {2}?".format(*row) for row in ranked[:48]], path, title=
-            "The least believed labels: #index, margin (below 0: an error, -1: a sure one)")
+    C is 1 for pictures of 16 or 32 bits, otherwise 4: red, green, blue, opacity.
+    """
+    try:
+        picture = ImageOps.exif_transpose(Image.open(path))      # cameras note how they were held
+        if picture.mode[0] in "IF":
+            picture = picture.convert("F")
+        else:
+            # RGBa is colour times opacity, so all that is transparent becomes one colour.
+            picture = picture.convert("RGBA").convert("RGBa")
+        pixels = torch.tensor(np.atleast_3d(picture).astype(np.float32))                # H×W×C
+    except Exception as error:                       # each format is damaged in its own way
+        raise UserError(f"--image {path} cannot be read as a picture ({reason(error)})")
+    return pixels.permute(2, 0, 1) / pixels.abs().max().clamp(min=1e-9)
+
+
+def prepare(picture):
+    """A picture C×H×W of one digit as MNIST would hold it: uint8 1×1×28×28. Raises UserError."""
+    ink = find_ink(picture)
+    rows = (ink > 0.5).any(1).nonzero().flatten()
+    columns = (ink > 0.5).any(0).nonzero().flatten()
+    if len(rows) == 0:
+        raise UserError("--image: the picture is blank, nothing in it differs from the paper")
+    ink = ink[rows[0]:rows[-1] + 1, columns[0]:columns[-1] + 1]
+    ink = resize(ink[None], 20)[0]
+
+    # Where does the digit lie if its centre of mass is in the middle?
+    height, width = ink.shape
+    centre_y = (ink.sum(1) @ (torch.arange(height) + 0.5)) / ink.sum()
+    centre_x = (ink.sum(0) @ (torch.arange(width) + 0.5)) / ink.sum()
+    top = min(max(round(14 - centre_y.item()), 0), 28 - height)
+    left = min(max(round(14 - centre_x.item()), 0), 28 - width)
+    image = torch.zeros(1, 1, 28, 28, dtype=torch.uint8)
+    image[0, 0, top:top + height, left:left + width] = (255 * ink).round().byte()
+    return image
+
+
+def find_ink(picture):
+    """How much each pixel is ink, H×W from 0 to 1, the longer side scaled to 128 pixels."""
+    picture = resize(picture, 128)
+    border = torch.cat([picture[:, 0], picture[:, -1], picture[:, :, 0], picture[:, :, -1]], 1)
+    paper = border.median(1).values                  # the colour of most of the border, C numbers
+
+    # The pixel that differs most from the paper is ink. How far is each pixel on the way from the
+    # paper to it? Below a quarter is shadow, above three quarters is ink, edges lie in between.
+    difference = picture - paper[:, None, None]
+    distance = difference.abs().mean(0)                                                 # H×W
+    if distance.max() < 0.08:
+        return torch.zeros_like(distance)            # no ink, only noise
+    y, x = divmod(distance.argmax().item(), distance.shape[1])
+    direction = difference[:, y, x]
+    way = torch.einsum("chw,c->hw", difference, direction) / (direction ** 2).sum()
+    ink = ((way - 0.25) / 0.5).clamp(0, 1)
+
+    # A stroke has neighbours. Dust and the lines of ruled paper have few.
+    neighbours = F.avg_pool2d((ink > 0.5).float()[None], 9, 1, 4)[0]
+    return ink * (neighbours > 0.055)
+
+
+def resize(image, side: int):
+    """Scale C×H×W so that its longer side has `side` pixels."""
+    _, height, width = image.shape
+    scale = side / max(height, width)
+    size = (max(1, round(scale * height)), max(1, round(scale * width)))
+    return F.interpolate(image[None], size, mode="bicubic", antialias=True)[0].clamp(0, 1)
+
+
+# ---- Pictures of a run ------------------------------------------------------------------------
+
+def draw_all(run, data, logits, counts, out) -> None:
+    """Draw the pictures of the report."""
+    images, labels = data.test
+    ranked = rank_labels(logits[None], labels)
+    draw_ranked(ranked, images, out / "failures.png")
+    errors = counts - counts.diag().diag()           # the diagonal is right
+    gallery([heat(errors.float().log1p())], ["rows: label from 0 on, columns: answer"],
+            out / "confusion.png", columns=1, zoom=40)
+    if images.shape[1:] == (1, 28, 28):
+        draw_augmented(images[4:5], out / "augmented.png")
+    worst = [suspect.index for suspect in ranked[:3]]
+    draw_evidence(run, images[[0, 1, 2] + worst], out / "features.png")
+    draw_filters(run, images[:1], out / "filters.png")
+
+
+def draw_ranked(ranked, images, path) -> None:
+    """The 48 images whose labels are believed least."""
+    tiles = []
+    captions = []
+    for suspect in ranked[:48]:
+        tiles.append(tile(images[suspect.index]))
+        captions.append(f"#{suspect.index}  {suspect.margin:+.2f}\n"
+                        f"label {suspect.label}, or {suspect.other}?")
+    gallery(tiles, captions, path, title="The least believed labels: #index and margin "
+            "(below 0: an error)")
+
+
+def draw_augmented(image, path) -> None:
+    """One digit, as it is and drawn seven times by each of four augmentation recipes."""
+    torch.manual_seed(0)                             # the same picture each time
+    tiles = []
+    captions = []
+    for recipe in ("default", "n1", "n2", "n3"):
+        tiles.append(tile(image[0]))
+        captions.append(recipe)
+        for varied in augment(image.repeat(7, 1, 1, 1), recipe):
+            tiles.append(tile(255 * varied))
+            captions.append("")
+    gallery(tiles, captions, path, columns=8, zoom=3,
+            title="One digit (left), varied at random by four recipes")
+
 
 @torch.no_grad()
-def evidence_maps(net: nn.Module, x: Tensor) -> Tensor | None:
-    """N×10×H×W: for each class a map of evidence, whose sum is the class's logit: what each place
-    adds to it. None for networks that do not end in a head "conv" or "place"."""
-    *body, head = net.children() if isinstance(net, nn.Sequential) else [None]
-    if isinstance(head, nn.Sequential) and isinstance(head[-2:][0], nn.AdaptiveAvgPool2d):
-        maps = nn.Sequential(*body, *head[:-2])(x)       # all but the average and its flattening
-        return maps / maps[0, 0].numel()
+def evidence_maps(network, inputs):
+    """N×K×H×W: a map of evidence per class, whose sum is the logit of that class. None for a
+    network that does not end in a head "conv" or "place" (see model.py)."""
+    if not isinstance(network, nn.Sequential) or not isinstance(network[-1], nn.Sequential):
+        return None
+    head = network[-1]
+    if len(head) < 3 or not isinstance(head[-2], nn.AdaptiveAvgPool2d):
+        return None
+    maps = head[:-2](network[:-1](inputs))           # all but the average and the flattening
+    return maps / (maps.shape[2] * maps.shape[3])
 
-def draw_evidence(net: nn.Module, config: dict, images: Tensor, path) -> None:
-    """A row an image: the image, then its ten evidence maps on one scale, each with its sum."""
-    maps = evidence_maps(net, normalize(images, *mean_std_of(config)))
-    if maps is None:
-        return print(f"no evidence maps: {config['model']} does not end in a head that has them")
-    tiles, texts = [], []
-    for image, ten in zip(images, maps):
-        tiles += [tile(image), *(heat(x, ten.abs().max()) for x in ten)]
-        texts += ["", *(f"{digit}:  {x.sum():+.1f}" for digit, x in enumerate(ten))]
-    gallery(tiles, texts, path, 11, 3, "Where it sees evidence for each digit (bright) or against "
-            "it (dark)\nThe number is the sum of the map: the digit's logit")
 
-def curves(rows: list[dict], path) -> None:
-    """The notes' 2×2 figure, from a log's rows: loss and accuracy in percent, train and test."""
-    epochs = [row["epoch"] for row in rows]
-    chart([{"title": f"{title} {kind}", "x": "epoch", "y": unit, "lines": {
-                name: (epochs, [row[f"{name}_{kind}"] for row in rows])
-                for name in names if f"{name}_{kind}" in rows[0]}}
-           for kind, unit in (("loss", "mean"), ("accuracy", "percent"))
-           for title, *names in (("Training", "train"), ("Test", "test", "val"))], path)
+def draw_evidence(run, images, path) -> None:
+    """A row per image: the image, then its evidence maps, all on one scale.
 
-def axis(values, log=False):
-    """(places, ticks) of an axis on which all these values lie. places(values) go from 0, its low
-    end, to 1, its high end, NaN for what is not on it; ticks are (place, label)."""
-    def scaled(values) -> Tensor:
-        x = torch.tensor(values, dtype=torch.float64)
-        return x.log10() if log else x                   # 0 becomes -inf, what is below it NaN
-    def places(values) -> list[float]:
-        x = (scaled(values) - low) / span
-        return x.where((x >= 0) & (x <= 1), math.nan).tolist()
-    known = [x for x in scaled(values).tolist() if abs(x) < 1e100] or [0]      # no NaN, no infinity
-    low, span = min(known), max(known) - min(known) or 1
-    # The first of ... 0.1, 0.2, 0.5, 1, 2, 5 ... that makes at most seven steps. On a log axis it
-    # counts decades: by halves of them, ticks are 1, 3.2, 10.
-    steps = (digit * 10.0 ** power for power in range(-20, 101) for digit in (1, 2, 5))
-    step = next(step for step in steps if span <= 7 * step)
-    ticks = [i * step for i in range(math.ceil(low / step), math.floor((low + span) / step) + 1)]
-    return places, [((x - low) / span, f"{10 ** x:.2g}" if log else f"{x:.6g}") for x in ticks]
-
-def draw_panel(panel: dict, width: int, height=420) -> Image.Image:
-    """The axes and lines of one panel of a chart, the lines' names at the right."""
-    marks, text = panel.get("marks", {}), font(30)
-    xs, ys = ([v for line in panel["lines"].values() for v in line[i]] for i in (0, 1))
-    x_of, x_ticks = axis([*xs, *marks.values()], panel.get("log_x"))
-    y_of, y_ticks = axis(panel.get("y_range", ys), panel.get("log_y"))
-    lines = {name: (x_of(xs), y_of(ys)) for name, (xs, ys) in panel["lines"].items()}
-    lines |= {name: (x_of([x, x]), (0, 1)) for name, x in marks.items()}      # bottom to top
-    image = Image.new("RGB", (2 * width, 2 * height), "white")
-    draw = ImageDraw.Draw(image)
-    names = max((draw.textlength(name, text) for name in lines), default=0)
-    left, top, w, h = 132, 20, 2 * width - 172 - names, 2 * height - 90        # of the axes' frame
-    for x, label in x_ticks:
-        draw.line((left + w * x, top, left + w * x, top + h), PALE, 2)
-        draw.text((left + w * x, top + h + 16), label, GREY, text, anchor="ma")
-    for y, label in y_ticks:
-        draw.line((left, top + h - h * y, left + w, top + h - h * y), PALE, 2)
-        draw.text((left - 16, top + h - h * y), label, GREY, text, anchor="rm")
-    for i, (name, line) in enumerate(lines.items()):
-        colour = LINES[i % len(LINES)]
-        draw.text((left + w + 24, top + 44 * i), name, colour, text)
-        points = [(left + w * x, top + h - h * y) for x, y in zip(*line)]         # y points down
-        for here, there in zip(points, points[1:] + points[-1:]):
-            if not math.isnan(sum(here + there)):        # NaN leaves a gap
-                draw.line(here + there, colour, 4)
-                draw.circle(here, 4, colour)             # a single point is seen, too
-    return image.reduce(2)                               # drawn twice as large: halving smooths it
-
-def chart(panels: list[dict], path, columns=2) -> None:
-    """Draw line charts into one PNG, panels 600 pixels wide (900 in a single column):
-
-        {"title": "Loss", "x": "epoch", "y": "mean", "lines": {"train": (xs, ys), ...}}
-
-    A panel may also have "log_x": True, "log_y": True, "y_range": (low, high), and for vertical
-    lines "marks": {name: x}. NaN, infinite values and those out of range leave a gap.
+    They say only roughly where the evidence is: a unit of the last map sees a window that is larger
+    than the image (python rf.py).
     """
-    gallery([draw_panel(panel, 900 if columns == 1 else 600) for panel in panels],
-            ["{title}: {y} by {x}".format(**panel) for panel in panels], path, columns, 1)
+    maps = evidence_maps(run.network, normalize(images, run.mean, run.std))
+    if maps is None:
+        print(f"no evidence maps: {run.args.model} does not end in a head that has them")
+        return
+    tiles = []
+    captions = []
+    for image, of_classes in zip(images, maps):
+        tiles.append(tile(image))
+        captions.append("")
+        limit = of_classes.abs().max()
+        for digit, values in enumerate(of_classes):
+            tiles.append(heat(values, limit))
+            captions.append(f"{digit}: {values.sum():+.1f}")
+    gallery(tiles, captions, path, columns=1 + maps.shape[1], zoom=2,
+            title="Evidence for (red) and against (blue) each digit; the number is the sum: the "
+                  "logit")
 
-def tile(image: Tensor) -> Image.Image:
-    """A picture of a tensor C×H×W, 0 to 255, of one channel or three."""
-    return Image.fromarray(image.cpu().byte().expand(3, -1, -1).permute(1, 2, 0).numpy())  # H×W×3
 
-def heat(values: Tensor, limit=None) -> Image.Image:
-    """H×W numbers as a picture, one pixel each, dark to bright from the smallest to the largest, or
-    from -limit to limit."""
-    low, high = (values.min(), values.max()) if limit is None else (-limit, limit)
-    grey = (values.detach() - low) / max(high - low, 1e-12) * 255
-    return ImageOps.colorize(tile(grey[None]).convert("L"), "#08051d", "#ffee2a", mid="#bc3754")
+@torch.no_grad()
+def draw_filters(run, image, path) -> None:
+    """The filters of the first convolution, then one image on its way through the network: the
+    first eight maps behind each of its blocks."""
+    first = next((layer for layer in run.network.modules() if isinstance(layer, nn.Conv2d)), None)
+    if first is None or not isinstance(run.network, nn.Sequential):
+        print(f"no filters drawn: {run.args.model} is not a list of layers with a convolution")
+        return
+    tiles = []
+    captions = []
+    for number in range(16):
+        if number < len(first.weight):
+            tiles.append(heat(first.weight[number, 0]))
+            captions.append(f"filter {number}")
+    while len(tiles) % 8:
+        tiles.append(Image.new("RGB", (1, 1), "white"))
+        captions.append("")
 
-def gallery(tiles: list, captions: list[str], path, columns=8, zoom=4, title="") -> None:
-    """Tiles (one or more) in rows, all enlarged to `zoom` times the largest one's size; below each
-    its caption, of one line or more, hardly wider than the tile."""
-    wide, tall = (zoom * max(picture.size[i] for picture in tiles) for i in (0, 1))
-    across, down = wide + 16, tall + 35 + 19 * max(text.count("\n") for text in captions)
-    top, rows = 20 + 24 * len(title.splitlines()), math.ceil(len(tiles) / columns)
-    sheet = Image.new("RGB", (16 + columns * across, top + rows * down), "white")
+    maps = normalize(image, run.mean, run.std)
+    for number, layer in enumerate(run.network):
+        maps = layer(maps)
+        if maps.dim() != 4 or isinstance(layer, nn.Dropout):
+            continue                                 # no map, or nothing new to see
+        limit = maps[0, :8].abs().max()
+        for channel in range(8):
+            if channel < maps.shape[1]:
+                tiles.append(heat(maps[0, channel], limit))
+            else:
+                tiles.append(Image.new("RGB", (1, 1), "white"))
+            captions.append(f"after block {number}" if channel == 0 else "")
+    gallery(tiles, captions, path, columns=8, zoom=4,
+            title="The first filters, and the maps of one digit on its way through the network")
+
+
+def draw_curves(folder, out) -> None:
+    """Loss and accuracy after each epoch, for the training and the test images, from log.csv."""
+    try:
+        with open(folder / "log.csv") as file:
+            rows = list(csv.DictReader(file))
+        epochs = [int(row["epoch"]) for row in rows]
+        panels = []
+        for kind, unit in (("loss", "mean loss"), ("accuracy", "percent")):
+            for title, names in (("Training", ["train"]), ("Test", ["test", "val"])):
+                lines = {}
+                for name in names:
+                    key = f"{name}_{kind}"
+                    if key in rows[0]:
+                        lines[name] = (epochs, [float(row[key]) for row in rows])
+                panels.append({"title": f"{title} {kind}", "x": "epoch", "y": unit, "lines": lines})
+    except (OSError, KeyError, ValueError, IndexError, TypeError):
+        raise UserError(f"{folder} has no log.csv with a finished epoch: train first, or --run")
+    chart(panels, out / "curves.png")
+
+
+# ---- Drawing: a sheet of small pictures -------------------------------------------------------
+
+INK, GREY, PALE = "#222222", "#6b6b6b", "#e3e3e3"
+RED = torch.tensor([178.0, 24.0, 43.0])[:, None, None]                                  # 3×1×1
+BLUE = torch.tensor([33.0, 102.0, 172.0])[:, None, None]
+
+
+def tile(image):
+    """Return a tensor C×H×W, 0 to 255, as a picture: three channels as colours, else the first."""
+    if len(image) != 3:
+        image = image[:1].expand(3, -1, -1)
+    pixels = image.detach().cpu().clamp(0, 255).byte().permute(1, 2, 0)                 # H×W×3
+    return Image.fromarray(pixels.numpy())
+
+
+def heat(values, limit=None):
+    """Return numbers H×W as a picture, one pixel each: zero is white, more is red, less is blue.
+
+    The colour is full at `limit` and at -limit. Without a limit it is full at the largest number.
+    """
+    values = values.detach().cpu().float().nan_to_num()
+    if limit is None:
+        limit = values.abs().max()
+    strength = (values / max(float(limit), 1e-12)).clamp(-1, 1)                         # H×W
+    colour = torch.where(strength > 0, RED, BLUE)                                       # 3×H×W
+    return tile(255 + strength.abs() * (colour - 255))
+
+
+def gallery(tiles, captions, path, columns=8, zoom=4, title=""):
+    """Draw pictures in rows into one PNG, below each its caption of one line or more.
+
+    All pictures get the same size: `zoom` times that of the largest. At least one is needed.
+    """
+    width = zoom * max(picture.width for picture in tiles)
+    height = zoom * max(picture.height for picture in tiles)
+    caption_lines = max(len(caption.splitlines()) for caption in captions)
+    column_width = width + 16
+    row_height = height + 16 + 19 * caption_lines
+    title_lines = title.splitlines()
+    top = 16 + 24 * len(title_lines)
+
+    title_width = max([text_width(line, 18) for line in title_lines], default=0)
+    sheet_width = 16 + max(columns * column_width, title_width + 16)
+    rows = math.ceil(len(tiles) / columns)
+    sheet = Image.new("RGB", (sheet_width, top + rows * row_height), "white")
     draw = ImageDraw.Draw(sheet)
-    draw.text((16, 12), title, INK, font(18))
+    draw.text((16, 10), title, INK, font(18))
+
     for i, (picture, caption) in enumerate(zip(tiles, captions)):
-        x, y = 16 + i % columns * across, top + i // columns * down
-        sheet.paste(picture.resize((wide, tall), Image.NEAREST), (x, y))
-        draw.text((x, y + tall + 6), caption, INK, font(15))
-    sheet.save(content := io.BytesIO(), "PNG")
+        x = 16 + column_width * (i % columns)
+        y = top + row_height * (i // columns)
+        sheet.paste(picture.resize((width, height), Image.NEAREST), (x, y))
+        draw.text((x, y + height + 4), caption, INK, font(15))
+    save_png(sheet, path)
+
+
+def save_png(picture, path):
+    content = io.BytesIO()
+    picture.save(content, "PNG")
     save(path, content.getvalue())
 
-# ---- Runs, and the command line ---------------------------------------------------------------
 
-def read_pt(path) -> dict:
-    """What train.py saved in a .pt file, "config" and more; the only place that loads one. Raises
-    UserError for whatever is wrong with it: missing, damaged, foreign, not finite."""
-    try:
-        # A .pt file is a ZIP, which keeps a checksum of each of its parts. torch does not look at
-        # them: with one bit flipped it loads other weights, and nobody notices.
-        intact = zipfile.ZipFile(path).testzip() is None
-        # weights_only: a pickle can name any function for its reader to call, so to load a
-        # stranger's file would run a stranger's code. Now it may hold tensors, numbers, text only.
-        state = torch.load(path, map_location="cpu", weights_only=True)
-        finite = all(x.isfinite().all() for name in ("weights", "net", "average")
-                     for x in state.get(name, {}).values())
-        if not (intact and finite and state["config"]):
-            raise ValueError                 # not finite: the training had diverged
-    except Exception as error:   # whatever a missing, damaged or foreign file can do to these
-        raise UserError(f"{path} is missing, damaged, not finite or not made by this train.py "
-                        f"({type(error).__name__}): go on with --resume, or train a new run")
-    return state
+def text_width(text, size):
+    return math.ceil(font(size).getlength(text))
 
-def load_run(folder) -> tuple[nn.Module, dict]:
-    """(network in eval mode on the CPU, configuration) of a run of train.py. Raises UserError."""
-    state = read_pt(Path(folder) / "weights.pt")
-    try:
-        config = state["config"]
-        net = build(config["model"], **config["options"]).eval()
-        net.load_state_dict(state["weights"])
-        net(normalize(torch.zeros(1, *INPUT_SHAPES[config["model"]]), *mean_std_of(config)))
-    except Exception as error:
-        raise UserError(f"{folder}/weights.pt fits no network of model.py ({type(error).__name__})")
-    return net, config
 
-def mean_std_of(config: dict) -> tuple[Tensor, Tensor]:
-    """The numbers that the run normalized its images with, each 1×C×1×1."""
-    return tuple(torch.tensor(config[name]).view(1, -1, 1, 1) for name in ("mean", "std"))
+# ---- Drawing: line charts ---------------------------------------------------------------------
+
+COLOURS = ("#1f6fb4", "#d9622b", "#2e8b57", "#8e44ad", "#b8860b", "#008b8b", "#c2185b", "#555555")
+
+# Where the axes lie in the picture, in pixels, and the values at their ends. On a logarithmic
+# axis these are logarithms.
+Frame = namedtuple("Frame", "left right top bottom x_low x_high y_low y_high log_x log_y")
+
+
+def chart(panels, path, columns=2):
+    """Draw line charts into one PNG. Panels are 600 pixels wide, in a single column 900.
+
+        {"title": "Loss", "x": "epoch", "y": "mean loss", "lines": {"train": (xs, ys), ...}}
+
+    A panel may also have
+        "bands": {name: (xs, lows, highs)}     a shaded area, in the colour of the first line
+        "marks": {name: x}                     vertical lines, three at most
+        "log_x": True, "log_y": True           a logarithmic axis
+        "y_range": (low, high)                 otherwise the axis fits the data
+    NaN, infinite values and values off the axes leave a gap.
+    """
+    width, height = 600, 420
+    if columns == 1:
+        width = 900
+    rows = math.ceil(len(panels) / columns)
+    sheet = Image.new("RGB", (columns * width, rows * height), "white")
+    for i, panel in enumerate(panels):
+        corner = (width * (i % columns), height * (i // columns))
+        sheet.paste(draw_panel(panel, width, height), corner)
+    save_png(sheet, path)
+
+
+def draw_panel(panel, width, height):
+    """Return one panel as a picture. It is drawn twice as large and halved, for smooth lines."""
+    image = Image.new("RGB", (2 * width, 2 * height), "white")
+    draw = ImageDraw.Draw(image)
+    lines = panel["lines"]
+    bands = panel.get("bands", {})
+    names = [*lines, *bands]
+    legend_width = 80 + max([text_width(name, 28) for name in names], default=0)
+    right = max(width, 2 * width - legend_width)              # the axes get half of it at least
+    frame = make_frame(panel, 110, right, 110, 2 * height - 110)
+    draw_axes(draw, panel, frame)
+
+    # Lines may coincide. The first is drawn as the thickest, so the later ones do not hide it.
+    legend = []
+    for i, (name, (xs, lows, highs)) in enumerate(bands.items()):
+        colour = paler(COLOURS[i % len(COLOURS)])
+        draw_band(draw, points(frame, xs, lows), points(frame, xs, highs), colour)
+        legend.append((name, colour, 24))
+    for i, (name, (xs, ys)) in enumerate(lines.items()):
+        colour = COLOURS[i % len(COLOURS)]
+        thickness = 4 + 3 * min(len(lines) - 1 - i, 4)
+        draw_line(draw, points(frame, xs, ys), colour, thickness)
+        legend.append((name, colour, thickness))
+
+    for i, (name, colour, thickness) in enumerate(legend):
+        y = frame.top + 16 + 44 * i
+        draw.line((right + 20, y, right + 56, y), colour, thickness)
+        write(draw, right + 68, y - 16, name, INK, 28)
+    for i, (name, x) in enumerate(panel.get("marks", {}).items()):
+        draw_mark(draw, frame, x, name, frame.top + 8 + 44 * i)
+    return image.reduce(2)
+
+
+def make_frame(panel, left, right, top, bottom):
+    """Return the frame on which all values of the panel have a place."""
+    log_x = panel.get("log_x", False)
+    log_y = panel.get("log_y", False)
+    all_xs = [list(panel.get("marks", {}).values())]
+    all_ys = []
+    for xs, ys in panel["lines"].values():
+        all_xs.append(xs)
+        all_ys.append(ys)
+    for xs, lows, highs in panel.get("bands", {}).values():
+        all_xs.append(xs)
+        all_ys += [lows, highs]
+
+    x_low, x_high = limits(all_xs, log_x)
+    y_low, y_high = limits(all_ys, log_y)
+    room = (y_high - y_low) / 20
+    y_low, y_high = y_low - room, y_high + room
+    if "y_range" in panel:
+        y_low, y_high = limits([panel["y_range"]], log_y)
+    return Frame(left, right, top, bottom, x_low, x_high, y_low, y_high, log_x, log_y)
+
+
+def to_axis(values, log=False):
+    """Return values as an axis counts them, on a logarithmic axis in powers of ten.
+
+    What an axis cannot show becomes NaN: infinity and, on a logarithmic axis, all below 1e-100.
+    """
+    values = np.array(values, dtype=float)
+    known = np.abs(values) < 1e100
+    if log:
+        known = known & (values > 1e-100)
+    values = np.where(known, values, np.nan)
+    if log:
+        values = np.log10(values)
+    return values
+
+
+def limits(lists, log=False):
+    """Return the lowest and the highest of all values. Some room is around a single value."""
+    values = np.concatenate([to_axis(values, log) for values in [[], *lists]])
+    values = values[np.isfinite(values)]
+    if len(values) == 0:
+        return 0.0, 1.0
+    low, high = values.min(), values.max()
+    size = max(abs(low), abs(high))
+    if high - low <= 1e-9 * max(size, 1):
+        room = max(size / 100, 1e-3)
+        return low - room, high + room
+    return low, high
+
+
+def ticks(low, high, most=8):
+    """Return the round numbers from low to high: multiples of 1, 2 or 5 times a power of ten."""
+    smallest_step = (high - low) / most
+    power = 10.0 ** math.floor(math.log10(smallest_step))
+    for factor in (1, 2, 5, 10):
+        step = factor * power
+        if step >= smallest_step:
+            break
+    first, last = math.ceil(low / step), math.floor(high / step)
+    return [step * i for i in range(first, last + 1)]
+
+
+def axis_ticks(low, high, log):
+    """Return pairs (value on the axis, label)."""
+    if not log:
+        return [(value, f"{value:.6g}") for value in ticks(low, high)]
+    if high - low > 3:                               # more than a factor of 1,000: powers of ten
+        powers = [power for power in ticks(low, high) if power == round(power)]
+        return [(power, f"{10 ** power:.3g}") for power in powers]
+    pairs = []
+    for power in range(math.floor(low), math.ceil(high) + 1):
+        for digit in (1, 2, 5):
+            value = digit * 10.0 ** power
+            pairs.append((math.log10(value), f"{value:.3g}"))
+    return [pair for pair in pairs if low <= pair[0] <= high]
+
+
+def x_pixel(frame, value):
+    """Return where a value on the x axis lies in the picture. NaN stays NaN."""
+    share = (value - frame.x_low) / (frame.x_high - frame.x_low)
+    return frame.left + share * (frame.right - frame.left)
+
+
+def y_pixel(frame, value):
+    """Return where a value on the y axis lies in the picture. Pixels are counted downwards."""
+    share = (value - frame.y_low) / (frame.y_high - frame.y_low)
+    return frame.bottom - share * (frame.bottom - frame.top)
+
+
+def points(frame, xs, ys):
+    """Return the places (x, y) of points in the picture. y is NaN where it is off the axis."""
+    xs = to_axis(xs, frame.log_x)
+    ys = to_axis(ys, frame.log_y)
+    ys = np.where((ys < frame.y_low) | (ys > frame.y_high), np.nan, ys)
+    return list(zip(x_pixel(frame, xs), y_pixel(frame, ys)))
+
+
+def draw_axes(draw, panel, frame):
+    """Draw the grid, its numbers, and the titles of the panel and of its axes."""
+    for value, label in axis_ticks(frame.x_low, frame.x_high, frame.log_x):
+        if panel["x"] == "epoch" and value != round(value):
+            continue                                 # there is no epoch 1.5
+        x = x_pixel(frame, value)
+        draw.line((x, frame.top, x, frame.bottom), PALE, 2)
+        write(draw, x, frame.bottom + 12, label, GREY, 28, "middle")
+    for value, label in axis_ticks(frame.y_low, frame.y_high, frame.log_y):
+        y = y_pixel(frame, value)
+        draw.line((frame.left, y, frame.right, y), PALE, 2)
+        write(draw, frame.left - 14, y - 18, label, GREY, 28, "right")
+    write(draw, 32, 16, panel["title"], INK, 34)
+    write(draw, 32, 66, panel["y"], GREY, 28)
+    write(draw, (frame.left + frame.right) / 2, frame.bottom + 54, panel["x"], GREY, 28, "middle")
+
+
+def draw_line(draw, places, colour, thickness):
+    """Draw the line from place to place. One without known neighbours is still seen as a dot."""
+    for here, there in zip(places, places[1:]):
+        if not np.isnan([here, there]).any():
+            draw.line([here, there], colour, thickness)
+    radius = thickness / 2
+    if len(places) <= 40:
+        radius += 2                                  # few points: mark each
+    for x, y in places:
+        if not np.isnan([x, y]).any():
+            draw.ellipse((x - radius, y - radius, x + radius, y + radius), colour)
+
+
+def draw_band(draw, lows, highs, colour):
+    """Shade the area between two lines."""
+    for i in range(1, len(lows)):
+        corners = [lows[i - 1], lows[i], highs[i], highs[i - 1]]
+        if not np.isnan(corners).any():
+            draw.polygon(corners, colour)
+
+
+def draw_mark(draw, frame, x, name, label_top):
+    """Draw a vertical line and its name beside it, on the side where there is more room."""
+    x = x_pixel(frame, to_axis(x, frame.log_x))
+    if np.isnan(x):
+        return
+    draw.line((x, frame.top, x, frame.bottom), INK, 3)
+    width = text_width(name, 28)
+    left = x + 6
+    if x > (frame.left + frame.right) / 2:
+        left = x - 14 - width
+    draw.rectangle((left, label_top, left + width + 8, label_top + 36), "white")
+    write(draw, left + 4, label_top, name, INK, 28)
+
+
+def write(draw, x, y, text, colour, size, align="left"):
+    """Write a line of text. x is its left end, its middle or its right end."""
+    if align == "middle":
+        x -= text_width(text, size) / 2
+    if align == "right":
+        x -= text_width(text, size)
+    draw.text((x, y), text, colour, font(size))
+
+
+def paler(colour):
+    """Return a colour mixed with three parts of white."""
+    return tuple(255 - (255 - part) // 4 for part in ImageColor.getrgb(colour))
+
+
+# ---- The command line -------------------------------------------------------------------------
+
+def last_run() -> Path:
+    """The run under runs/ with the highest number."""
+    folders = [path.parent for path in Path("runs").glob("*/checkpoint.pt")]
+    numbered = [folder for folder in folders if folder.name.isdecimal()]
+    return max(numbered, key=lambda folder: int(folder.name), default=Path("runs/001"))
+
 
 def main() -> None:
     parser = Parser(prog="analyze.py", description="What a trained network gets wrong, and why.")
     add = parser.add_argument
-    add("--run", "--runs", type=user_path, nargs="+", metavar="FOLDER", help="none: the last run")
+    add("--run", type=user_path, metavar="RUN", help="folder of a run; none: the last one")
+    add("--compare", type=user_path, nargs=2, metavar="RUN", help="compare two runs")
+    add("--suspects", type=user_path, nargs="+", metavar="RUN", help="rank the test labels")
+    add("--image", type=user_path, metavar="FILE", help="read a picture of one digit")
     add("--data-dir", type=user_path, help="where the data set is; none: where the run found it")
     add("--out", type=user_path, metavar="FOLDER", help="for the pictures; none: RUN/analysis")
-    add("--image", type=user_path, metavar="FILE", help="read a picture of one digit")
-    add("--suspects", action="store_true", help="rank the test labels by how wrong they look")
     args = parser.parse_args()
-    finished = Path("runs").glob("[0-9]*/weights.pt")    # train.py numbers them: take the last
-    folders = args.run or [max(finished, default=Path("runs/001/weights.pt")).parent]
+
+    folders = args.compare or args.suspects or [args.run or last_run()]
+    out = args.out or folders[0] / "analysis"
+    reports = not (args.compare or args.suspects or args.image)
+    if reports:
+        draw_curves(folders[0], out)
+        if not (folders[0] / "weights.pt").exists():
+            print(f"{out / 'curves.png'} is drawn. The rest needs the end of the training.")
+            return
     runs = [load_run(folder) for folder in folders]
-    config, out = runs[0][1], args.out or folders[0] / "analysis"
-    data = None if args.image else load(config["data"], args.data_dir or config["data_dir"])
     if args.image:
-        report_image(args.image, *runs[0], out)
-    elif args.suspects or len(runs) > 1:
-        report_suspects(runs, data, out)
+        read_own_digit(args.image, runs[0], out)
     else:
-        report_run(folders[0], *runs[0], data, out)
-    print(f"\ndrawn in {out}")
+        first = runs[0].args
+        data = load(first.data, args.data_dir or first.data_dir)
+        if args.compare:
+            compare(*runs, data, folders)
+            return
+        if args.suspects:
+            report_suspects(runs, data, out)
+        else:
+            report(runs[0], data, folders[0], out)
+    print(f"\npictures: {quote(out)}")
+
 
 if __name__ == "__main__":
     run_command(main)

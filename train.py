@@ -1,435 +1,687 @@
-"""Train a network of fewer than 20,000 parameters to read digits, all of it in one function.
+"""Train a network of fewer than 20,000 parameters to read handwritten digits.
 
-What it teaches: what happens at each step of training and in which order, in what the optimizers
-and the schedules differ, and how a result is reported: the last epoch, several seeds, mean, spread.
+What it teaches: what happens in each step of a training and in which order, how optimizers and
+schedules differ, and how a result is reported: the last epoch, several random seeds, mean and spread.
 
-    python train.py                                           the project's own recipe
-    python train.py --opt sgd --sched onecycle --device cuda  the same recipe, on a GPU
+    python train.py                                           the project's own recipe, 18 epochs
+    python train.py --opt sgd --sched onecycle --device cuda  the same, on a GPU if there is one
     python train.py --epochs 3                                99.5% in a minute or two
-    python train.py --runs 5                                  five seeds: a claim is a distribution
+    python train.py --runs 5                                  five random seeds, mean and spread
     python train.py --val 10000                               hold out images to choose things on
     python train.py --sanity --model tiny                     before any tuning: is the setup sound?
     python train.py --data synthetic --epochs 2               a first try without a download
     python train.py --resume runs/001                         go on after Ctrl-C
 
-It prints two lines an epoch, then a summary, and saves in a folder of its own (runs/001, runs/002,
-...): checkpoint.pt (to go on from), log.csv, curves.png, config.json, at the end weights.pt.
+It prints two lines per epoch and a summary. Each run has a folder of its own (runs/001, runs/002,
+...): log.csv with a row per epoch, checkpoint.pt to go on from, and at the end weights.pt.
 """
-import argparse, contextlib, copy, io, itertools, json, math, statistics, sys, time
+import argparse
+import copy
+import io
+import math
+import os
+import statistics
+import sys
+import time
+import zipfile
 from pathlib import Path
+from typing import NamedTuple
 
-from data import (NAMES, PRESETS, Data, Parser, UserError, augment, batches, load, normalize,
-                  run_command, save, to_csv, user_path)      # before torch: see data.py
+import data as digits           # before torch: see there
+from data import UserError, number, quote, reason, run_command, save, user_path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from analyze import curves, evaluate, read_pt
-from model import NETWORKS, build, count_parameters
-from rf import check_network
+import model as networks
+
+
+# ---- One step ---------------------------------------------------------------------------------
+#
+#   forward    The network turns a batch of B images into B×10 scores, called logits. Cross-entropy
+#              compares them with the labels: it is the mean of -log(probability of the label), and
+#              about ln 10 = 2.3 for a network that guesses. It applies softmax itself. Label
+#              smoothing (Szegedy et al., 2016) asks for a probability of 95.5% instead of 100%, so
+#              that the logits need not grow without end.
+#   backward   The chain rule, from the loss back to the first layer, gives d loss / d weight for
+#              every weight. PyTorch adds it to weight.grad, so the gradients of the last step are
+#              cleared first.
+#   clip       If it is asked for, a gradient that is longer than `clip` is shortened to it.
+#   step       The optimizer moves every weight a little against its gradient.
+
+def training_step(network, optimizer, inputs, labels, args):
+    """Learn from one batch. Return its mean loss and the number of images that were right."""
+    logits = network(inputs)                                                            # B×10
+    loss = F.cross_entropy(logits, labels, label_smoothing=args.label_smoothing)
+
+    optimizer.zero_grad()
+    loss.backward()
+    if args.clip:
+        nn.utils.clip_grad_norm_(network.parameters(), args.clip)
+    optimizer.step()
+
+    correct = (logits.argmax(1) == labels).sum()
+    return loss.detach(), correct
+
 
 # ---- All of training --------------------------------------------------------------------------
+#
+# Why batches? The gradient over all 60,000 images is exact and slow. A batch of 64 gives a noisy
+# estimate of it for a thousandth of the price: 938 steps per epoch instead of one.
+#
+# Why a seed per epoch? A run that was interrupted then draws the same batches, variations and
+# dropout as one that was not, and no generator has to be saved.
+#
+# Why look at the loss every 50 steps only? The sums stay on the device. To look at a number makes a
+# GPU finish all its work first. A loss that is not finite ends the training: then every gradient is
+# NaN, and after the next step every weight.
+#
+# Why is the training accuracy below the test accuracy? It counts images that are varied, with
+# dropout on, while the network is still learning.
+#
+# Why the last epoch and not the best one? To pick the epoch with the best test accuracy is to learn
+# from the test set, and the best of 18 noisy numbers flatters.
 
-def train(config: dict, data: Data, folder: Path | None = None, state: dict | None = None,
-          show=lambda *_: None) -> tuple[nn.Module, list[dict]]:
-    """Train to the last epoch; return (the averaged network, one row of the log for each epoch).
+def train(args, data, folder=None, checkpoint=None, quiet=False):
+    """Train args.model on data.train. Return the network and its history, a dict per epoch.
 
-    `config` holds the flags by name. With a `folder`, everything is saved there after each epoch;
-    `state` is such a checkpoint to go on from. `show` is called every 50 steps and after each
-    epoch. Raises UserError if network, images, schedule or state do not fit, or the loss explodes.
+    With a folder, everything is saved there after each epoch. A checkpoint is one to go on from.
+    Raises UserError if the network does not fit the data or the loss is no longer finite.
     """
-    net = make_network(config, data)                 # random weights, but the same for a seed
-    average = copy.deepcopy(net)                     # will trail behind the network, see below
-    pairs = [*zip(average.state_dict().values(), net.state_dict().values())]
-    size = len(data.train[0])
-    steps = math.ceil(size / config["batch_size"])   # of an epoch: 60,000 / 128 -> 469
-    window = max(1.0, config["ema"] * steps * config["epochs"])          # of the average, in steps
-    optimizer = make_optimizer(config, net)
-    scheduler = make_scheduler(config, optimizer, steps)
-    parts = {"net": net, "average": average, "optimizer": optimizer, "scheduler": scheduler}
-    rows = restore(parts, state) if state else []    # one for each epoch that is done
-    save_run(folder, config, rows, parts)            # so it can be resumed from its first moment on
+    network = make_network(args, data)
+    optimizer = make_optimizer(args, network)
+    history = []
+    if checkpoint:
+        history = restore(checkpoint, network, optimizer)
+    save_run(folder, args, data, network, optimizer, history)
 
-    for epoch in range(len(rows) + 1, config["epochs"] + 1):
-        # Each epoch starts its own random numbers, from seed and epoch: a resumed run draws the
-        # same order, warps and dropout as one never interrupted, and no generator has to be saved.
-        torch.manual_seed(10_000 * config["seed"] + epoch)
+    image_count = len(data.train[0])
+    steps_per_epoch = math.ceil(image_count / args.batch_size)
+    total_steps = steps_per_epoch * args.epochs
+
+    for epoch in range(len(history) + 1, args.epochs + 1):
+        torch.manual_seed(10_000 * args.seed + epoch)
         started = time.perf_counter()
-        net.train()                                  # dropout on; batch norm uses the batch's mean
-        loss_sum = correct = seen = 0
-        # The loss to lower is that of all images. A batch of 128 gives a noisy estimate of its
-        # gradient for 1/469 of the price, so there are 469 steps an epoch in place of a single one,
-        # and the noise averages out over them.
-        for batch_id, (images, labels) in enumerate(batches(*data.train, config["batch_size"])):
-            # Forward: uint8 B×1×28×28 -> varied, mean 0, size 1 -> ten scores an image, B×10.
-            x = normalize(augment(images, config["augment"]), data.mean, data.std)
-            logits = net(x)
-            # Cross-entropy takes scores, not probabilities: it applies log-softmax itself, and is
-            # then the mean of -log(probability of the label). Label smoothing (Szegedy et al.,
-            # 2016) asks for 91% and nine times 1%, say, not for 100%, so that scores need not grow
-            # without end. The loss cannot fall below 0.50 then, the entropy of that target.
-            loss = F.cross_entropy(logits, labels, label_smoothing=config["label_smoothing"])
-            # Backward: fills p.grad of each parameter with ∂loss/∂p, by the chain rule, from the
-            # last layer to the first. backward() adds to what is there, so the gradients of the
-            # step before have to go first; without zero_grad each step would repeat all old ones.
-            optimizer.zero_grad()
-            loss.backward()
-            if config["clip"]:                       # a gradient longer than that is shrunk to it
-                nn.utils.clip_grad_norm_(net.parameters(), config["clip"])
-            optimizer.step()                         # moves each parameter: see make_optimizer
-            if config["sched"] != "plateau":
-                scheduler.step()                     # sets the rate of the next step
-            # The weights of one step are noisy; a moving average of them is less so, and costs no
-            # training (Polyak and Juditsky, 1992). It looks back over a share of all steps, early
-            # on over a ninth of those so far: otherwise it would be full of the random start.
-            step = (epoch - 1) * steps + batch_id
-            keep = min(1 - 1 / window, (1 + step) / (10 + step))
-            with torch.no_grad():
-                for slow, fast in pairs:             # (an integer, batch norm's counter, is copied)
-                    slow.lerp_(fast, 1 - keep) if slow.is_floating_point() else slow.copy_(fast)
-            # Sums stay on the device. Looking at one makes a GPU finish all its work first, so it
-            # is done every 50 steps only. The loss is a mean over the batch, and the last batch is
-            # smaller: times its size it is a sum, and those few images do not count for more.
-            loss_sum += loss.detach() * len(labels)
-            correct += (logits.argmax(1) == labels).sum()
+        network.train()                     # dropout is on, batch norm uses the batch's statistics
+        step = (epoch - 1) * steps_per_epoch
+        total_loss = 0.0
+        total_correct = 0
+        seen = 0
+
+        for images, labels in digits.batches(*data.train, args.batch_size):
+            rate = learning_rate(args, step, total_steps, history)
+            for group in optimizer.param_groups:
+                group["lr"] = rate
+            strength = augmentation_strength(args, step / total_steps)
+            images = digits.augment(images, args.augment, strength)
+            inputs = digits.normalize(images, data.mean, data.std)
+            loss, correct = training_step(network, optimizer, inputs, labels, args)
+
+            total_loss += loss * len(labels)                 # a mean times its count is a sum
+            total_correct += correct
             seen += len(labels)
-            if batch_id % 50 == 49 or seen == size:
-                row = {"epoch": epoch, "lr": optimizer.param_groups[0]["lr"], "batch_id": batch_id,
-                       "train_loss": float(loss_sum) / seen,
-                       "train_accuracy": 100 * float(correct) / seen}
-                show(row, seen, started)
-                require_finite(row["train_loss"], row)
-        # Look at images that nothing was learned from, through the averaged weights. Accuracy is
-        # what counts, but it moves in steps of one image; the loss also tells how sure it is.
-        for name in ("val", "test"):
-            if len(getattr(data, name)[0]):
-                found = evaluate(average, *getattr(data, name), data.mean, data.std)
-                require_finite(found["loss"], row)
-                row |= {f"{name}_loss": found["loss"], f"{name}_accuracy": 100 * found["accuracy"]}
-        if config["sched"] == "plateau":
-            scheduler.step(row["val_loss"])
-        rows.append(row | {"seconds": time.perf_counter() - started})
-        save_run(folder, config, rows, parts)
-        show(rows[-1])
-    # The last epoch is the result, not the best one: to pick the epoch with the best test accuracy,
-    # as the notes do, is to learn from the test set, and the best of 18 noisy numbers flatters.
-    return average, rows
+            step += 1
+            if step % 50 == 0 or seen == image_count:
+                row = {
+                    "epoch": epoch,
+                    "lr": rate,
+                    "train_loss": float(total_loss) / seen,
+                    "train_accuracy": 100 * float(total_correct) / seen,
+                }
+                require_finite(row["train_loss"], epoch)
+                if not quiet:
+                    print_progress(args, row, seen, image_count, started)
 
-def make_network(config: dict, data: Data) -> nn.Module:
-    """A fresh network of the configuration, on the device of the data. Raises UserError if it
-    cannot take the images, or does not return ten scores for each."""
-    torch.manual_seed(config["seed"])                # drawn on the CPU: the same on any device
-    try:
-        net = build(config["model"], **config["options"])
-    except TypeError as error:                       # such as a flag that it has no option for
-        raise UserError(f"the network {config['model']} cannot be built: {error}")
-    net = net.to(data.mean.device)                   # parameters have to be where the images are
-    # A wrong number in a layer is found here, by two images, before anything is saved. A second
-    # softmax would not be found by any error at all: the network would only learn badly.
-    check_network(net, normalize(data.train[0][:2], data.mean, data.std))
-    return net.to(memory_format=torch.channels_last)             # as normalize() does: see there
+        for name, part in (("val", data.val), ("test", data.test)):
+            if len(part[0]):
+                loss, accuracy = evaluate(network, *part, data.mean, data.std)
+                require_finite(loss, epoch)
+                row[f"{name}_loss"] = loss
+                row[f"{name}_accuracy"] = accuracy
+        row["seconds"] = time.perf_counter() - started
+        history.append(row)
+        save_run(folder, args, data, network, optimizer, history)
+        if not quiet:
+            print_epoch(row, steps_per_epoch, data)
 
-def restore(parts: dict, state: dict) -> list[dict]:
-    """Put a checkpoint's states into network, average, optimizer and scheduler; return its rows of
-    the log. Raises UserError."""
-    try:
-        for name, part in parts.items():
-            part.load_state_dict(state[name])
-        return state["rows"]
-    except Exception as error:           # shapes or names that are not those of the checkpoint
-        raise UserError("--resume: the checkpoint does not fit its network. Has model.py changed "
-                        f"since? ({type(error).__name__})")
+    return network, history
 
-def require_finite(loss: float, row: dict) -> None:
-    """Raise UserError if the loss is infinite or NaN. Every gradient is then NaN, and after the
-    next step every weight: nothing that follows could mend it."""
-    if not math.isfinite(loss):
-        raise UserError(f"epoch {row['epoch']}: the loss is {loss} at batch {row['batch_id']}. Try "
-                        "a lower --lr or --clip 1")
+
+def augmentation_strength(args, progress) -> float:
+    """How much of the augmentation is used: all of it up to the share args.fade_from of the
+    training, then linearly less, down to none at the end."""
+    if progress < args.fade_from:
+        return 1.0
+    return (1 - progress) / (1 - args.fade_from)
+
+
+# ---- Looking at images that nothing was learned from ------------------------------------------
+
+@torch.no_grad()                            # no gradients needed: saves time and memory
+def predict(network, images: Tensor, mean: Tensor, std: Tensor, batch_size=1000) -> Tensor:
+    """Return the logits N×10 of images uint8 N×C×H×W."""
+    network.eval()                          # dropout is off, batch norm uses its running averages
+    parts = []
+    for batch in images.split(batch_size):
+        parts.append(network(digits.normalize(batch, mean, std)))
+    return torch.cat(parts)
+
+
+def evaluate(network, images, labels, mean, std) -> tuple[float, float]:
+    """Return the mean loss over the images and the accuracy in percent.
+
+    It is one mean over all images. A mean of the batches' means would give the images of a smaller
+    last batch more weight.
+    """
+    logits = predict(network, images, mean, std)
+    loss = F.cross_entropy(logits, labels)
+    accuracy = (logits.argmax(1) == labels).double().mean()
+    return loss.item(), 100 * accuracy.item()
+
 
 # ---- Optimizers: from a gradient to a step ----------------------------------------------------
-# g is the gradient, w a weight, η the learning rate. Two default rates each: the first for
-# schedules that start with it, in the usual range (sgd 1e-3 to 1e-1, the Adams 3e-4 to 1e-3,
-# rmsprop 1e-4 to 1e-3); the second is OneCycle's maximum, which is touched for a moment only, so it
-# may be a good deal larger, and should be (half of it from 10 epochs on: make_config). lr_finder.py
-# measures where it lies. (Adam divides by the size of the gradient and sgd does not: a rate of one
-# says nothing about that of the other.)
+#
+# Weight decay pulls weights towards zero (decay · weight is added to the gradient). In front of
+# batch norm the size of the weights does not change what the network computes, but small weights
+# make steps of the same length count for more (van Laarhoven, 2017). The scales and shifts of batch
+# norm, and biases, are spared: a scale that is pulled to zero would switch its channel off.
+#
+# Adam divides by the size of the gradient and SGD does not, so a learning rate of one says nothing
+# about a learning rate of the other. lr_finder.py measures both.
 
-DEFAULT_LR = {"sgd": (0.05, 0.4), "adam": (1e-3, 2e-2), "adamw": (1e-3, 2e-2),
-              "rmsprop": (1e-3, 6e-3)}
-DEFAULT_WEIGHT_DECAY = {"sgd": 5e-4, "adam": 0.0, "adamw": 1e-2, "rmsprop": 0.0}
+WEIGHT_DECAY = {"sgd": 5e-4, "adam": 0.0, "adamw": 1e-2, "rmsprop": 0.0}
+START_LR = {"sgd": 0.05, "adam": 1e-3, "adamw": 1e-3, "rmsprop": 1e-3}
+PEAK_LR = {"sgd": 0.4, "adam": 2e-2, "adamw": 2e-2, "rmsprop": 6e-3}       # with OneCycle
 
-def make_optimizer(config: dict, net: nn.Module) -> torch.optim.Optimizer:
-    """sgd, adam, adamw or rmsprop, as the flags say, over the parameters of `net`.
 
-    Weight decay λ pulls weights towards 0: g += λ·w. In front of batch norm the size of a
-    convolution's weights changes nothing: decay keeps them small, and so keeps the steps large
-    beside them (van Laarhoven, 2017). Batch norm's scales and shifts, and biases, all of one
-    dimension, do change the function: pulled towards 0, they would only switch channels off. So
-    they are spared, unless decay_all.
-    """
-    lr, momentum = config["lr"], config["momentum"]
-    # A group is a list of parameters with settings of its own; all else follows, for both, below.
-    spared = [p for p in net.parameters() if p.ndim <= 1 and not config["decay_all"]]
-    decayed = [p for p in net.parameters() if p.ndim > 1 or config["decay_all"]]
-    groups = [{"params": decayed, "weight_decay": config["weight_decay"]},
-              {"params": spared, "weight_decay": 0.0}]
-    if config["opt"] == "sgd":
-        # v = μ·v + g: steady gradients add up to 1/(1 − μ) = ten times their size, those that turn
-        # back and forth cancel. Then w −= η·v, or η·(g + μ·v): where v is about to carry it
-        # (Nesterov, 1983; Sutskever et al., 2013).
-        return torch.optim.SGD(groups, lr, momentum, nesterov=config["nesterov"] and momentum > 0)
-    if config["opt"] == "rmsprop":
-        # v is a running mean of g², and each weight is moved by about η, whether its gradients are
-        # large or small: w −= η·g/(√v + ε) (Hinton's lecture, 2012). The first steps are large,
-        # since v starts at 0: with α = 0.99 ten times η.
-        return torch.optim.RMSprop(groups, lr, alpha=0.99)
-    # The same with momentum: m and v are running means of g and g², w −= η·m̂/(√v̂ + ε) (Kingma and
-    # Ba, 2015). The hats undo that m and v start at 0: m̂ = m/(1 − β₁ᵗ). In Adam the decay is added
-    # to g, and so divided by √v̂, too; in AdamW it goes to the weight itself: w −= η·λ·w
-    # (Loshchilov and Hutter, 2019).
-    kind = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[config["opt"]]
-    return kind(groups, lr, betas=(momentum, 0.999))
+def make_optimizer(args, network) -> torch.optim.Optimizer:
+    """sgd, adam, adamw or rmsprop over all parameters. `fused` computes a step in one go."""
+    decayed = [p for p in network.parameters() if p.ndim > 1]
+    spared = [p for p in network.parameters() if p.ndim <= 1]
+    groups = [
+        {"params": decayed, "weight_decay": args.weight_decay},
+        {"params": spared, "weight_decay": 0.0},
+    ]
+    beta = args.momentum
 
-# ---- Schedules: the rate over time ------------------------------------------------------------
+    if args.opt == "sgd":
+        # velocity = momentum * velocity + gradient
+        # weight  -= lr * velocity                              plain momentum
+        # weight  -= lr * (gradient + momentum * velocity)      Nesterov's form (Sutskever, 2013)
+        nesterov = args.nesterov and beta > 0
+        return torch.optim.SGD(groups, args.lr, beta, nesterov=nesterov, fused=True)
+
+    if args.opt == "rmsprop":
+        # square  = 0.99 * square + 0.01 * gradient ** 2        (Hinton's lecture, 2012)
+        # weight -= lr * gradient / (sqrt(square) + eps)
+        return torch.optim.RMSprop(groups, args.lr, alpha=0.99)
+
+    # mean    = 0.9   * mean   + 0.1   * gradient               (Kingma and Ba, 2015)
+    # square  = 0.999 * square + 0.001 * gradient ** 2          both start at 0; at step t the
+    # mean_   = mean   / (1 - 0.9 ** t)                         division corrects for that
+    # square_ = square / (1 - 0.999 ** t)
+    # weight -= lr * mean_ / (sqrt(square_) + eps)
+    if args.opt == "adam":
+        return torch.optim.Adam(groups, args.lr, betas=(beta, 0.999), fused=True)
+
+    # AdamW: the decay is not added to the gradient (Loshchilov and Hutter, 2019), but first
+    # weight -= lr * decay * weight
+    return torch.optim.AdamW(groups, args.lr, betas=(beta, 0.999), fused=True)
+
+
+# ---- Schedules: the learning rate over time ---------------------------------------------------
+#
+# Large steps get far, but near a minimum the noise of the batches throws the weights out of it
+# again. Small steps settle, but get nowhere in a short time. So the rate is large first and small
+# at the end.
 
 SCHEDULES = ("none", "step", "cosine", "onecycle", "plateau")
 
-def make_scheduler(config: dict, optimizer, steps: int):
-    """How the rate η changes from step to step, `steps` to an epoch. Raises UserError.
 
-    Large steps get far and bounce: near a minimum the noise of the batches throws them out of it
-    again, and the larger the rate, the farther. Small steps settle, but get nowhere in a short
-    time. So: first large, then small, along a cosine (Loshchilov and Hutter, 2016) or up and down
-    (Smith, 2018), say. All but "plateau" are stepped after each batch; plateau is stepped after
-    each epoch, with the loss of held-out images.
+def learning_rate(args, step: int, total_steps: int, history: list) -> float:
+    """The learning rate of a step, counted from 0.
+
+    none       the same all the time
+    step       halved after every `step_every` epochs
+    cosine     from the full rate down to 0 along half a cosine (Loshchilov and Hutter, 2016)
+    onecycle   from 1/25 of the rate up to it in the first fifth of the steps, then down to 0, both
+               along half a cosine (Smith, 2018; the form is fastai's)
+    plateau    halved when the loss of the held-out images has not fallen for three epochs
     """
-    name, total = config["sched"], config["epochs"] * steps
-    if name == "none":                               # η                                  ‾‾‾‾‾‾‾‾
-        return torch.optim.lr_scheduler.ConstantLR(optimizer, factor=1.0)
-    if name == "step":                               # η·½ᵏ after k fifths of the time    ‾‾-.__..
-        every = config["step_every"] and config["step_every"] * steps        # or as asked for
-        return torch.optim.lr_scheduler.StepLR(optimizer, every or math.ceil(total / 5), gamma=0.5)
-    if name == "cosine":                             # η·(1 + cos(π·t/total))/2           ‾‾‾\___
-        return torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, total)
-    if name == "plateau":                            # η·½ when the loss has not fallen for 3 epochs
-        return torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, factor=0.5, patience=2)
-    if total < 6:                                    # a fifth of the steps has to be more than one
-        raise UserError("onecycle needs 6 steps or more: raise --epochs or lower --batch-size")
-    # From η/25 up to η in the first fifth, then down to almost 0: __/‾‾\__. Small at first, since
-    # the random start has steep walls around it; momentum stays as it is.
-    return torch.optim.lr_scheduler.OneCycleLR(optimizer, config["lr"], total, pct_start=0.2,
-                                               cycle_momentum=False)
+    if args.sched == "none":
+        return args.lr
+
+    if args.sched == "step":
+        epoch = step * args.epochs // total_steps                # finished epochs
+        return args.lr * 0.5 ** (epoch // args.step_every)
+
+    if args.sched == "cosine":
+        return args.lr * half_cosine(step / total_steps)
+
+    if args.sched == "plateau":
+        return args.lr * 0.5 ** count_plateaus(history)
+
+    lowest = args.lr / 25
+    warmup_steps = 0.2 * total_steps
+    if step < warmup_steps:
+        return lowest + (args.lr - lowest) * (1 - half_cosine(step / warmup_steps))
+    return args.lr * half_cosine((step - warmup_steps) / (total_steps - warmup_steps))
+
+
+def half_cosine(progress: float) -> float:
+    """From 1 at progress 0 down to 0 at progress 1, flat at both ends."""
+    return 0.5 * (1 + math.cos(math.pi * progress))
+
+
+def count_plateaus(history: list, patience=2) -> int:
+    """How often the held-out loss did not reach a new minimum in more than `patience` epochs."""
+    lowest = math.inf
+    waiting = 0
+    plateaus = 0
+    for row in history:
+        if row["val_loss"] < lowest * (1 - 1e-4):
+            lowest = row["val_loss"]
+            waiting = 0
+        else:
+            waiting += 1
+        if waiting > patience:
+            plateaus += 1
+            waiting = 0
+    return plateaus
+
+
+# ---- The network and its first check ----------------------------------------------------------
+
+def make_network(args, data) -> nn.Module:
+    """A fresh network on the device of the data. Raises UserError if it cannot learn from them."""
+    torch.manual_seed(args.seed)            # drawn on the CPU: the same weights on any device
+    network = build_from(args).to(data.mean.device)
+    problem = find_problem(args, network, data)
+    if problem:
+        raise UserError(f"the network {args.model!r} cannot be trained: {problem} "
+                        f"(see python rf.py --model {args.model})")
+    return network
+
+
+def build_from(args) -> nn.Module:
+    """The network of model.py that the flags ask for."""
+    options = {}
+    for name in ("head", "down", "activation", "dropout"):
+        value = getattr(args, name)
+        if value is not None:
+            options[name] = value
+    try:
+        return networks.build(args.model, **options)
+    except TypeError as error:              # such as a flag that this network has no option for
+        raise UserError(f"the network {args.model!r} cannot be built: {error}")
+
+
+def find_problem(args, network, data) -> str:
+    """Try one real step on a copy of the network. Return what is wrong, or an empty text."""
+    # Two images, or a single one if that is what is left for the last batch of an epoch.
+    alone = len(data.train[0]) % args.batch_size == 1 or args.batch_size == 1
+    count = 1 if alone else 2
+    inputs = digits.normalize(data.train[0][:count], data.mean, data.std)
+    labels = data.train[1][:count]
+    try:
+        with torch.no_grad():
+            network.eval()(inputs)          # lazy layers learn their sizes here
+        trial = copy.deepcopy(network).train()
+        logits = trial(inputs)
+        if not isinstance(logits, Tensor):
+            return f"in training it returns a {type(logits).__name__}, not the logits alone"
+        if logits.shape != (count, data.classes):
+            return (f"for {count} images it returns {tuple(logits.shape)}, not "
+                    f"{(count, data.classes)}: one logit for each of {data.classes} classes")
+        sums = logits.sum(1)
+        if (logits >= 0).all() and (sums - 1).abs().max() < 1e-3:
+            return "it ends in softmax, and cross-entropy applies softmax itself"
+        training_step(trial, make_optimizer(args, trial), inputs, labels, args)
+    except Exception as error:              # PyTorch refuses with many kinds of errors
+        if count == 1:
+            return f"with a batch of one image, {reason(error)}"
+        return reason(error)
+    return ""
+
 
 # ---- Before any tuning: is the setup sound? ---------------------------------------------------
 
-def sanity(config: dict, data: Data) -> bool:
-    """The lecture's checks of any network, data and recipe, in a few seconds: print what is seen
-    and, where it is wrong, why. Returns whether all is well. UserError if the loss explodes."""
-    def trial(count, **changes):                     # by the one training loop there is
-        part, none = tuple(x[:count] for x in data.train), tuple(x[:0] for x in data.test)
-        return train(config | {"label_smoothing": 0.0} | changes,
-                     data._replace(train=part, val=part, test=none))[1]
+def sanity(args, data) -> bool:
+    """Check network, data and recipe in a few seconds. Print what is seen, return if all is well.
 
-    # Ten images cannot be hard: 100 steps of Adam on all of them at once know them by heart. An
-    # epoch is one step here, so the first row's loss is that of the fresh network: about ln 10, if
-    # each of ten digits gets the probability 1/10, for -log(1/10) = ln 10.
-    first, *_, last = trial(10, augment="none", opt="adam", lr=1e-3, weight_decay=0.0, ema=0.0,
-                            sched="none", epochs=100, batch_size=10)
-    # In a first epoch every image is new, so its accuracy is honest. Where labels do not belong to
-    # their images it is that of guessing, 10%, although ten of them can be learned by heart.
-    new = trial(50 * config["batch_size"], epochs=1)[0]["train_accuracy"]
-    checks = [                                       # (all is well, seen, expected, likely wrong)
-        (abs(first["train_loss"] - math.log(10)) < 0.7,
-         f"loss of the fresh network: {first['train_loss']:.2f}", "ln 10 = 2.30",
+    A fresh network guesses, so its loss is about ln K for K classes. Ten images are few enough to
+    be learned by heart. And 50 steps on new images have to be better than guessing, unless the
+    labels belong to other images. (The checks of the lecture, N4.)
+    """
+    ten = (data.train[0][:10], data.train[1][:10])
+    by_heart = changed(args, opt="adam", lr=1e-3, sched="none", weight_decay=0.0, augment="none",
+                       label_smoothing=0.0, epochs=100, batch_size=10)
+    network, history = train(by_heart, data._replace(train=ten, val=ten, test=ten),
+                             quiet=True)
+    first_loss = history[0]["train_loss"]
+    last_loss = history[-1]["test_loss"]
+    last_accuracy = history[-1]["test_accuracy"]
+    unreached = [name for name, weight in network.named_parameters() if weight.grad is None]
+
+    count = 50 * args.batch_size
+    new = (data.train[0][:count], data.train[1][:count])
+    steps = math.ceil(len(new[0]) / args.batch_size)
+    history = train(changed(args, epochs=1), without_test(data)._replace(train=new),
+                    quiet=True)[1]
+    new_accuracy = history[0]["train_accuracy"]      # each image was new when it was counted
+
+    guess = math.log(data.classes)
+    wanted = 250 / data.classes                      # percent: 2.5 times as good as guessing
+    checks = [
+        (abs(first_loss - guess) < 0.7,
+         f"loss of the fresh network: {first_loss:.2f}",
+         f"ln {data.classes} = {guess:.2f}",
          "a last layer that is too large, or pixels that are not normalized"),
-        (last["val_accuracy"] == 100 and last["val_loss"] < 0.5,
-         f"ten images, 100 steps: {last['val_accuracy']:.0f}%, loss {last['val_loss']:.2f}",
-         "100%, near 0", "no gradient: a softmax before the loss, a detach(), dead ReLUs"),
-        (new > 25, f"new images in 50 steps of your recipe: {new:.0f}%", "more than 25%",
-         "labels that are not their images', or a rate far too small or too large")]
-    for fine, seen, expected, likely in checks:
-        print(f"ok    {seen}" if fine else f"LOOK  {seen}, expected {expected}. Likely: {likely}")
-    return all(fine for fine, *_ in checks)
+        (not unreached,
+         f"parameters without a gradient: {', '.join(unreached) or 'none'}",
+         "none", "a detach(), a frozen layer, or a layer that is never called"),
+        (last_accuracy == 100 and last_loss < 0.5,
+         f"ten images, 100 steps: {last_accuracy:.0f}%, loss {last_loss:.2f}",
+         "100%, loss near 0", "a softmax before the loss, or ReLUs that are always 0"),
+        (new_accuracy > wanted,
+         f"new images, {steps} steps of your recipe: {new_accuracy:.0f}%",
+         f"more than {wanted:.0f}%",
+         "labels of other images, too few images, a rate far too small or too large"),
+    ]
+    for passed, found, expected, likely in checks:
+        if passed:
+            print(f"ok    {found}")
+        else:
+            print(f"LOOK  {found}, expected {expected}. Likely: {likely}")
+    return all(passed for passed, *_ in checks)
 
-# ---- What a run leaves behind -----------------------------------------------------------------
 
-def save_run(folder: Path | None, config: dict, rows: list[dict], parts: dict) -> None:
-    """The checkpoint and what is derived from it. Interrupted at any point, each file is whole, and
-    the checkpoint, written first, has everything that --resume needs."""
-    if not folder:                                   # a trial of lr_finder.py leaves nothing behind
-        return
-    # Weights are not enough to go on from. The optimizer holds the momentum of each weight, the
-    # scheduler knows how far it got, and the average is not the network: without any of the three
-    # the run would end elsewhere than if nothing had happened.
-    states = {name: part.state_dict() for name, part in parts.items()}
-    contents = {"checkpoint.pt": {"config": config, "rows": rows, **states}}
-    if len(rows) == config["epochs"]:                # the end: what analyze.py and others load
-        contents["weights.pt"] = {"config": config, "weights": states["average"]}
-    for name, content in contents.items():
-        torch.save(content, file := io.BytesIO())    # into memory: save() alone writes files
-        save(folder / name, file.getvalue())
-    save(folder / "config.json", json.dumps(config, indent=1))           # for people to read
-    if rows:
-        save(folder / "log.csv", to_csv(rows))
-        curves(rows, folder / "curves.png")
+def changed(args, **changes):
+    """A copy of the flags with some of them changed."""
+    return argparse.Namespace(**(vars(args) | changes))
 
-def new_folder(out: Path) -> Path:
-    """Create out/001, or 002, ...: the first that is not there. Another run may take the same
-    number in the same moment: mkdir gives it to one of them only."""
-    out.mkdir(parents=True, exist_ok=True)
-    for number in itertools.count(1):
-        with contextlib.suppress(FileExistsError):   # it is there: the next number, then
-            (folder := out / f"{number:03d}").mkdir()
-            return folder
+
+def without_test(data):
+    """The same data without test images, for trainings that only choose or check something."""
+    images, labels = data.test
+    return data._replace(test=(images[:0], labels[:0]))
+
 
 # ---- What is printed --------------------------------------------------------------------------
 
-def printer(config: dict, data: Data):
-    """A function for train() to call: it draws one line while an epoch runs, where somebody can
-    see it, and prints the notes' two lines after it (a third one for held-out images)."""
-    # A file or a pipe gets whole lines only; a terminal or a notebook one that is drawn over.
-    live = sys.stdout and (sys.stdout.isatty() or "ipykernel" in sys.modules)
+def print_progress(args, row: dict, seen: int, image_count: int, started: float) -> None:
+    """In a terminal or a notebook: one line that is drawn over while an epoch runs."""
+    if not can_redraw():
+        return
+    seconds_per_image = (time.perf_counter() - started) / seen
+    images_left = image_count * (args.epochs - row["epoch"] + 1) - seen
+    minutes, seconds = divmod(round(seconds_per_image * images_left), 60)
+    line = (f"epoch {row['epoch']} of {args.epochs}: {seen:,} images, loss "
+            f"{row['train_loss']:.4f}, {minutes}:{seconds:02d} until the end")
+    print(line.ljust(79), end="\r", flush=True)     # \r: back to the start of the line
 
-    def show(row, seen=0, started=0.0):
-        # Measured while the network learns, on augmented images and with dropout on, "Train" lags
-        # behind "Test" until the last epochs, and that is no mistake.
-        line = (f"Train: Loss={row['train_loss']:.4f} Batch_id={row['batch_id']} "
-                f"LR={row['lr']:.6f} Accuracy={row['train_accuracy']:.2f}")
-        if seen and live:                            # within an epoch; "\r" goes back to its start
-            still = len(data.train[0]) * (config["epochs"] - row["epoch"] + 1) - seen       # images
-            left = round(still / seen * (time.perf_counter() - started))                 # seconds
-            print(f"{line} {left // 60}:{left % 60:02d} left".ljust(79), end="\r", flush=True)
-        if seen:
-            return
-        print(f"{line} ({data.name})".ljust(79 * bool(live)))        # over what was drawn
-        for name, title in (("val", "Validation set"), ("test", "Test set")):
-            if count := len(getattr(data, name)[0]):
-                loss, accuracy = row[f"{name}_loss"], row[f"{name}_accuracy"]
-                print(f"{title}: Average loss: {loss:.4f}, Accuracy: {accuracy * count / 100:.0f}/"
-                      f"{count} ({accuracy:.2f}%) ({data.name})", flush=True)
-    return show
+
+def can_redraw() -> bool:
+    if sys.stdout is None:
+        return False
+    return sys.stdout.isatty() or "ipykernel" in sys.modules
+
+
+def print_epoch(row: dict, steps: int, data) -> None:
+    """The two lines per epoch of the course notes, a third one for held-out images."""
+    line = (f"Train: Loss={row['train_loss']:.4f} Batch_id={steps - 1} LR={row['lr']:.6f} "
+            f"Accuracy={row['train_accuracy']:.2f}")
+    if can_redraw():
+        line = line.ljust(79)               # over the line of print_progress
+    print(line)
+    for name, title, part in (("val", "Validation set", data.val), ("test", "Test set", data.test)):
+        count = len(part[0])
+        if count:
+            accuracy = row[f"{name}_accuracy"]
+            correct = round(accuracy * count / 100)
+            print(f"{title}: Average loss: {row[f'{name}_loss']:.4f}, Accuracy: "
+                  f"{correct}/{count} ({accuracy:.2f}%)", flush=True)
+
+
+def print_summary(args, data, network, history: list, folder: Path) -> None:
+    count = len(data.test[0])
+    seconds = sum(row["seconds"] for row in history)
+    print(f"\n{history[-1]['test_accuracy']:.2f}% of {count:,} test images of {data.name} right "
+          f"after the last epoch, seed {args.seed}")
+    print(f"{args.model}: {networks.count_parameters(network):,} parameters, {args.epochs} epochs "
+          f"in {seconds:.0f} s")
+    print(f"next: python analyze.py --run {quote(folder)}")
+
+
+def print_spread(accuracies: list) -> None:
+    mean = statistics.mean(accuracies)
+    std = statistics.stdev(accuracies)
+    print(f"\ntest accuracy of the last epoch, {len(accuracies)} seeds: mean {mean:.3f}%, standard "
+          f"deviation {std:.3f}, from {min(accuracies):.2f} to {max(accuracies):.2f}")
+
+
+# ---- What a run leaves behind -----------------------------------------------------------------
+
+class LossNotFinite(UserError):
+    """The training broke: its loss is infinite or NaN."""
+
+
+def require_finite(loss: float, epoch: int) -> None:
+    if not math.isfinite(loss):
+        raise LossNotFinite(f"epoch {epoch}: the loss is {loss}. Try a lower --lr, or --clip 1")
+
+
+def save_run(folder, args, data, network, optimizer, history: list) -> None:
+    """Save the checkpoint and the log, at the end the weights. Without a folder nothing is saved.
+
+    Weights alone are not enough to go on from: the optimizer holds a velocity for each weight.
+    """
+    if folder is None:
+        return
+    plain_args = {}
+    for name, value in vars(args).items():
+        plain_args[name] = str(value) if isinstance(value, Path) else value
+    save_pt(folder / "checkpoint.pt", {
+        "args": plain_args,
+        "epoch": len(history),
+        "history": history,
+        "network": network.state_dict(),
+        "optimizer": optimizer.state_dict(),
+    })
+    if history:
+        save(folder / "log.csv", digits.to_csv(history))
+    if len(history) == args.epochs:
+        # All that is needed to use the network elsewhere: see README, "Use the network elsewhere".
+        save_pt(folder / "weights.pt", {
+            "args": plain_args,
+            "mean": data.mean,
+            "std": data.std,
+            "network": network.state_dict(),
+        })
+
+
+def save_pt(path: Path, contents: dict) -> None:
+    buffer = io.BytesIO()
+    torch.save(contents, buffer)
+    save(path, buffer.getvalue())           # digits.save alone writes files
+
+
+def read_pt(path: Path) -> dict:
+    """The contents of a .pt file of this script. Raises UserError for any other."""
+    try:
+        # A .pt file is a ZIP archive with a checksum for each part, at which torch.load does not
+        # look. weights_only: to load a stranger's file must not run a stranger's code.
+        if zipfile.ZipFile(path).testzip() is not None:
+            raise ValueError("a checksum is wrong")
+        contents = torch.load(path, map_location="cpu", weights_only=True)
+        contents["args"] = argparse.Namespace(**(vars(parse_args([])) | contents["args"]))
+        build_from(contents["args"]).load_state_dict(contents["network"])
+        return contents
+    except Exception as error:              # whatever a missing, damaged or foreign file can do
+        raise UserError(f"{path} is missing, damaged, or not made by this train.py and model.py "
+                        f"({reason(error)})")
+
+
+class Run(NamedTuple):
+    """A finished run: its network, in evaluation mode on the CPU, its flags, and mean and std of
+    the images that it was trained on, each 1×C×1×1."""
+    network: nn.Module
+    args: argparse.Namespace
+    mean: Tensor
+    std: Tensor
+
+
+def load_run(folder) -> Run:
+    """The run that is saved in a folder such as runs/001. Raises UserError."""
+    path = Path(folder) / "weights.pt"
+    contents = read_pt(path)
+    network = build_from(contents["args"])
+    try:
+        network.load_state_dict(contents["network"])
+        return Run(network.eval(), contents["args"], contents["mean"], contents["std"])
+    except KeyError as error:
+        raise UserError(f"{path} has no {error}")
+
+
+def restore(checkpoint: dict, network, optimizer) -> list:
+    """Load a checkpoint into network and optimizer. Return its history. Raises UserError."""
+    try:
+        network.load_state_dict(checkpoint["network"])
+        optimizer.load_state_dict(checkpoint["optimizer"])
+        history = [dict(row) for row in checkpoint["history"]]
+        if len(history) != checkpoint["epoch"]:
+            raise ValueError("not as many rows as epochs")
+        return history
+    except Exception as error:
+        raise UserError(f"the checkpoint does not fit its network ({reason(error)})")
+
+
+def new_folder(out: Path) -> Path:
+    """Make out/001, or out/002, ...: the first that is not there. If two runs start in the same
+    moment, mkdir gives each folder to one of them only."""
+    out.mkdir(parents=True, exist_ok=True)
+    count = 1
+    while True:
+        folder = out / f"{count:03d}"
+        try:
+            folder.mkdir()
+            return folder
+        except FileExistsError:
+            count += 1
+
 
 # ---- The command line -------------------------------------------------------------------------
 
-def number(kind, low, high=10 ** 9):
-    """An argparse type: a number of `kind` from low to high."""
-    def parse(text):
-        if not low <= kind(text) <= high:            # NaN is not <= anything; int("1.5") raises
-            raise argparse.ArgumentTypeError(f"{text} must be at least {low} and at most {high}")
-        return kind(text)
-    parse.__name__ = kind.__name__                   # argparse says "invalid float value" by it
-    return parse
-
-LR, DECAY = number(float, 1e-12), number(float, 0)
-
-def make_parser() -> Parser:
-    """All flags; lr_finder.py passes those that are not its own on to this parser."""
-    parser = Parser(prog="train.py", description="Train a network on MNIST.")
-    add, switch = parser.add_argument, argparse.BooleanOptionalAction
-    # What is trained. Dropout: 0.05 to 0.2 is usual (all ranges here are the lecture's).
-    add("--model", choices=NETWORKS, default="default", help="a network of model.py")
-    add("--head", choices=("place", "conv", "linear"), help="last layers of our own networks")
-    add("--down", choices=("pool", "late", "overlap", "stride"), help="how the default halves maps")
-    add("--activation", choices=("silu", "relu"), help="what follows its batch norms")
-    add("--dropout", type=number(float, 0, 0.9), help="probability, before its head")
-    # On which images. Choices are made on --val, results reported on the test set.
-    add("--data", choices=NAMES, default="mnist", help="which data set")
-    add("--data-dir", type=user_path, default="data", help="where the data set is or will be put")
-    add("--augment", choices=PRESETS, default="default", help="how images are varied")
-    add("--val", type=number(int, 0), default=0, help="hold out the last VAL training images")
+def add_flags(parser) -> None:
+    """The flags that lr_finder.py has as well. The ranges in the comments are the lecture's."""
+    add = parser.add_argument
+    add("--model", choices=networks.NETWORKS, default="default", help="a network of model.py")
+    add("--head", choices=("conv", "linear", "place"), help="last layers of our own networks")
+    add("--down", choices=("overlap", "pool", "stride"), help="how `default` halves its maps")
+    add("--activation", choices=networks.ACTIVATIONS, help="of `default`")
+    add("--dropout", type=number(float, 0, 0.9), help="of `default`; usual: 0.05 to 0.2")
+    add("--data", choices=digits.NAMES, default="mnist", help="which data set")
+    add("--data-dir", type=user_path, default="data", help="where it is or will be put")
+    add("--augment", choices=digits.AUGMENTATIONS, default="default", help="how images are varied")
     add("--limit", type=number(int, 1), help="train on the first LIMIT images only")
-    # By which steps. sgd: rates of 1e-3 to 1e-1, decay 1e-4 to 5e-4. adam: 3e-4 to 1e-3, decay 0 to
-    # 5e-4; adamw: decay 1e-2 to 1e-1. rmsprop: 1e-4 to 1e-3. Clipping at a norm of 0.5 to 5.
-    add("--opt", choices=DEFAULT_LR, default="sgd", help="optimizer")
-    add("--lr", type=LR, help="with onecycle the maximum; None: by --opt, --sched and --epochs")
-    add("--sched", choices=SCHEDULES, default="onecycle", help="how the rate changes")
-    add("--step-every", type=number(int, 1), help="epochs between halvings of --sched step")
-    add("--momentum", type=number(float, 0, 0.9999), default=0.9, help="of sgd; beta1 of the Adams")
-    add("--nesterov", action=switch, default=True, help="look ahead, with sgd's momentum")
-    add("--weight-decay", type=DECAY, help="None: by optimizer")
-    add("--decay-all", action=switch, default=False, help="also of batch norm and biases")
-    add("--clip", type=number(float, 0), default=0.0, help="largest gradient norm; 0 is off")
-    # For how long, and against learning by heart. Batches of 32 to 256, label smoothing 0.05.
-    add("--epochs", type=number(int, 1, 9999), default=18, help="passes over the images")
-    add("--batch-size", type=number(int, 1), help="images a step; None: by --epochs")
-    add("--label-smoothing", type=number(float, 0, 0.9), help="spread evenly; None: by --epochs")
-    add("--ema", type=number(float, 0, 1), default=0.07,
-        help="window of the moving average of the weights, a share of all steps; 0 is off")
-    # Which run, and where.
+    add("--opt", choices=PEAK_LR, default="sgd", help="optimizer")
+    add("--momentum", type=number(float, 0, 0.9999), default=0.9, help="of sgd; beta1 of adam")
+    add("--nesterov", action=argparse.BooleanOptionalAction, default=True, help="sgd's momentum")
+    add("--weight-decay", type=number(float, 0), help="usual: 1e-4 to 5e-4, adamw 1e-2 to 1e-1")
+    add("--batch-size", type=number(int, 1), default=64, help="images per step; usual: 32 to 256")
+    add("--label-smoothing", type=number(float, 0, 0.9), default=0.05, help="0 is off")
     add("--seed", type=number(int, 0), default=0, help="of all random numbers")
-    add("--runs", type=number(int, 1), default=1, help="how many seeds to train, from --seed on")
     add("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto", help="auto: fastest")
-    add("--out", type=user_path, default="runs", help="where run folders are made")
-    add("--resume", type=user_path, metavar="RUN", help="go on with this run folder")
+
+
+def make_parser() -> digits.Parser:
+    parser = digits.Parser(prog="train.py", description="Train a network on MNIST.")
+    add_flags(parser)
+    add = parser.add_argument
+    add("--epochs", type=number(int, 1, 9999), default=18, help="passes over the images")
+    add("--sched", choices=SCHEDULES, default="onecycle", help="how the learning rate changes")
+    add("--lr", type=number(float, 1e-12), help="learning rate; with onecycle its maximum")
+    add("--step-every", type=number(int, 1), help="epochs between the halvings of --sched step")
+    add("--fade-from", type=number(float, 0, 1), default=0.7,
+        help="share of the training after which augmentation fades; 1: never")
+    add("--clip", type=number(float, 0), default=0.0, help="longest gradient; usual: 0.5 to 5")
+    add("--val", type=number(int, 0), default=0, help="hold out the last VAL training images")
+    add("--runs", type=number(int, 1), default=1, help="how many seeds to train")
+    add("--deterministic", action="store_true", help="the same bits each time on a GPU, too")
+    add("--out", type=user_path, default="runs", help="where the folders of runs are made")
+    add("--resume", type=user_path, metavar="RUN", help="go on with the run in this folder")
     add("--sanity", action="store_true", help="check the setup in a few seconds; train nothing")
     return parser
 
-def make_config(args) -> dict:
-    """The flags as a plain dict, each None filled in: what train() takes and a run's files hold."""
-    config = {name: value for name, value in vars(args).items()
-              if name not in ("out", "resume", "runs", "sanity")}
-    options = {name: value for name in ("head", "down", "activation", "dropout")
-               if (value := config.pop(name)) is not None}
-    # A short training needs many steps and large ones: small batches, the full rate. A long one can
-    # afford quieter steps, and a little more smoothing against learning by heart.
-    short, onecycle = args.epochs < 10, args.sched == "onecycle"
-    filled = {"batch_size": 64 if short else 128, "label_smoothing": 0.05 if short else 0.1,
-              "weight_decay": DEFAULT_WEIGHT_DECAY[args.opt],
-              "lr": DEFAULT_LR[args.opt][onecycle] / (2 if onecycle and not short else 1)}
-    config |= {name: value for name, value in filled.items() if config[name] is None}
-    # plateau watches the loss of held-out images. A path is no plain data: as text it is.
-    val = args.val or (5000 if args.sched == "plateau" else 0)
-    return config | {"options": options, "data_dir": str(args.data_dir), "val": val}
 
-def open_run(args) -> tuple[dict, dict | None]:
-    """(config, state): of the flags and nothing, or of the run to resume and its checkpoint."""
-    config = make_config(args)
-    if args.resume is None:
-        return config, None
-    # A run keeps its settings, but for where it finds things: with others it would be two runs.
-    given = {word.split("=")[0] for word in sys.argv[1:] if word.startswith("--")} - {"--resume"}
-    if wrong := given - {"--data-dir", "--device"}:  # anything else would make another training
-        raise UserError(f"--resume keeps the run's own settings: leave out {' '.join(wrong)}")
-    state = read_pt(args.resume / "checkpoint.pt")   # checked: whole, finite, and ours
-    here = {name: config[name] for name in (flag[2:].replace("-", "_") for flag in given)}
-    return config | state["config"] | here, state
+def parse_args(words=None) -> argparse.Namespace:
+    """The flags, each None filled in that depends on another flag."""
+    args = make_parser().parse_args(words)
+    if args.lr is None:
+        args.lr = PEAK_LR[args.opt] if args.sched == "onecycle" else START_LR[args.opt]
+    if args.weight_decay is None:
+        args.weight_decay = WEIGHT_DECAY[args.opt]
+    if args.step_every is None:
+        args.step_every = math.ceil(args.epochs / 5)
+    if args.sched == "plateau" and args.val == 0:
+        args.val = 5000                     # it watches the loss of held-out images
+    return args
+
+
+def resume(args):
+    """(flags, checkpoint) of the run to go on with: its own flags, but for where things are."""
+    allowed = ("--resume", "--data-dir", "--device")
+    for word in sys.argv[1:]:
+        if word.startswith("--") and word.split("=")[0] not in allowed:
+            raise UserError(f"--resume keeps the settings of the run: leave out {word}")
+    checkpoint = read_pt(args.resume / "checkpoint.pt")
+    device = args.device
+    data_dir = args.data_dir
+    args = changed(checkpoint["args"], resume=args.resume, runs=1, device=device)
+    if any(word.startswith("--data-dir") for word in sys.argv[1:]):
+        args.data_dir = data_dir
+    return args, checkpoint
+
+
+def load_data(args):
+    """The data set of the flags, on its device."""
+    device = digits.pick_device(args.device)
+    return digits.load(args.data, args.data_dir, device, args.val, args.limit)
+
 
 def main() -> None:
-    args = make_parser().parse_args()
-    config, state = open_run(args)
-    data = load(*(config[name] for name in ("data", "data_dir", "device", "val", "limit")))
-    config |= {"mean": data.mean.flatten().tolist(), "std": data.std.flatten().tolist()}
+    args = parse_args()
+    checkpoint = None
+    if args.resume:
+        args, checkpoint = resume(args)
+    if args.deterministic:
+        os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"        # CUDA needs it
+        torch.use_deterministic_algorithms(True, warn_only=True)
+
+    data = load_data(args)
     print(f"{data.name}: {len(data.train[0]):,} training, {len(data.val[0]):,} held-out, "
-          f"{len(data.test[0]):,} test images; network {config['model']!r} on {data.mean.device}; "
-          f"{config['opt']}, {config['sched']}, lr {config['lr']:g}")
+          f"{len(data.test[0]):,} test images; network {args.model!r} on {data.mean.device}; "
+          f"{args.opt}, {args.sched}, lr {args.lr:g}")
     if args.sanity:
-        raise SystemExit(0 if sanity(config, data) else 1)
-    accuracies = []                                  # of the last epoch, one for each seed
-    for seed in range(config["seed"], config["seed"] + args.runs):
-        config["seed"] = seed                        # all else is equal
+        passed = sanity(args, data)
+        raise SystemExit(0 if passed else 1)
+    make_network(args, data)                # if it does not fit, say so before a folder is made
+
+    accuracies = []
+    for seed in range(args.seed, args.seed + args.runs):
+        args = changed(args, seed=seed)     # all else stays equal
         folder = args.resume or new_folder(args.out)
         try:
-            net, rows = train(config, data, folder, state, printer(config, data))
-        except KeyboardInterrupt:                    # Ctrl-C: the epochs that are done are saved
-            print(f"\nstopped. Go on with: python train.py --resume {folder.as_posix()}" if
-                  (folder / "checkpoint.pt").exists() else "\nstopped; nothing is trained yet")
+            network, history = train(args, data, folder, checkpoint)
+        except KeyboardInterrupt:           # the epochs that are finished are saved
+            print(f"\nstopped. To go on: python train.py --resume {quote(folder)}")
             raise
-        finally:
-            with contextlib.suppress(OSError):
-                folder.rmdir()                       # works only if it is empty: nothing was begun
-        accuracies.append(rows[-1]["test_accuracy"])
-        print(f"\n{data.name}: {accuracies[-1]:.2f}% of {len(data.test[0]):,} test images right "
-              f"after the last epoch, seed {seed}\n{config['model']}, "
-              f"{count_parameters(net):,} parameters, {config['epochs']} epochs in "
-              f"{sum(row['seconds'] for row in rows):.0f} s\n"
-              f"next: python analyze.py --run {folder.as_posix()}")
-    if args.runs > 1:                                # a claim is a distribution
-        print(f"\n{data.name} test accuracy of the last epoch, {args.runs} seeds: mean "
-              f"{statistics.mean(accuracies):.3f}%  standard deviation "
-              f"{statistics.stdev(accuracies):.3f}  minimum {min(accuracies):.2f}  maximum "
-              f"{max(accuracies):.2f}")
+        accuracies.append(history[-1]["test_accuracy"])
+        print_summary(args, data, network, history, folder)
+    if args.runs > 1:
+        print_spread(accuracies)
+
 
 if __name__ == "__main__":
     run_command(main)
