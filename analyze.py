@@ -1,16 +1,17 @@
-"""What the network gets wrong, and why: a report on one screen, and all pictures of the project.
+"""What a network gets wrong, and why: a report on one screen, and pictures of its mistakes.
 
-What it teaches: one accuracy hides most of what a test set can tell. Which digits are confused, does
-the network know when it is guessing, where in the image did it find its evidence, and is it
-sometimes the label that is wrong?
+What it teaches: one accuracy hides most of what a test set can tell. Which digits are taken for
+which others? Does the network know when it is guessing? Is it better than another network, or only
+luckier? Where in the image does it find its evidence? And is the label itself wrong now and then?
 
-    python analyze.py                                 the last run under runs/
-    python analyze.py --run runs/003                  another run; also while it is still training
-    python analyze.py --compare runs/001 runs/002     is one of two runs better, or is it noise?
-    python analyze.py --suspects runs/001 runs/002    label errors, by one run or by several
-    python analyze.py --image photo.png               a digit of your own
+    python analyze.py                                the last run under runs/
+    python analyze.py --run runs/003                 another run, also while it is still training
+    python analyze.py --compare runs/001 runs/002    is one of two networks really better?
+    python analyze.py --suspects runs/001 runs/002   is it the network or the label?
+    python analyze.py --image photo.png              read a digit of your own
 
-Its pictures go into the folder of the run, under analysis/.
+It prints a report and draws pictures into the folder of the run, under analysis/. The charts and
+pictures of the other scripts are drawn here, too: see `chart` and `gallery`.
 """
 import csv
 import io
@@ -18,14 +19,14 @@ import math
 from collections import namedtuple
 from pathlib import Path
 
-from data import (AUGMENTATIONS, Parser, UserError, augment, font, load, normalize, quote, reason,
-                  run_command, save, user_path)      # before torch: see data.py
+from data import (Parser, UserError, augment, font, load, normalize, quote, reason, run_command,
+                  save, user_path)               # before torch: see there
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageColor, ImageDraw, ImageOps
-from torch import nn
+from torch import Tensor, nn
 
 from model import count_parameters, input_shape
 from train import load_run, predict
@@ -33,137 +34,147 @@ from train import load_run, predict
 
 # ---- The report -------------------------------------------------------------------------------
 
-def report(run, data, folder, out) -> None:
-    """Print what one run gets right and wrong on the test images, and draw its pictures."""
+def report(name, run, data) -> Tensor:
+    """Print what the run gets wrong on the test images. Return its logits, N×K for K classes."""
     images, labels = data.test
     logits = predict(run.network, images, run.mean, run.std)
     answers = logits.argmax(1)
-    loss = F.cross_entropy(logits, labels)
-    correct = int((answers == labels).sum())
-    low, high = wilson_interval(correct, len(labels))
-    second = logits.topk(2).indices[:, 1]
-    confidence, error = calibration(logits, labels)
+    second_answers = logits.topk(2).indices[:, 1]
+    loss = F.cross_entropy(logits, labels).item()
+    total = len(labels)
+    correct = (answers == labels).sum().item()
+    low, high = wilson_interval(correct, total)
+    confidence, calibration_error = calibration(logits, labels)
 
-    print(f"{folder}: {run.args.model}, {count_parameters(run.network):,} parameters; "
-          f"{run.args.opt}, {run.args.sched}, {run.args.epochs} epochs, seed {run.args.seed}")
-    print(f"{data.name} test set: accuracy {correct / len(labels):.2%} (95% interval {low:.2%} to "
-          f"{high:.2%}), {len(labels) - correct} errors in {len(labels)}, loss {loss:.4f}")
-    print(f"second guess: right in {int((second == labels).sum())} of the errors")
-    print(f"calibration: {confidence:.2%} sure on average, expected calibration error {error:.4f}")
+    print(f"{name}: {run.args.model}, {count_parameters(run.network):,} parameters")
+    print(f"{data.name} test set: accuracy {correct / total:.2%} (95% interval {low:.2%} to "
+          f"{high:.2%}), {total - correct} errors in {total}, loss {loss:.4f}")
+    print(f"second guess: right in {(second_answers == labels).sum()} of the errors")
+    print(f"calibration: {confidence:.2%} sure on average, expected calibration error "
+          f"{calibration_error:.4f}")
 
-    counts = confusion_table(labels, answers, data.classes)
-    print_confusion(counts)
-    print_confused_pairs(counts)
-    draw_all(run, data, logits, counts, out)
+    table = confusion_table(labels, answers, data.classes)
+    print_table(table)
+    print("\nmost confused")
+    for count, a, b in most_confused(table):
+        print(f"{a} and {b}: {table[a, b]} of label {a} called {b}, "
+              f"{table[b, a]} of label {b} called {a}")
+    return logits
 
 
 def wilson_interval(correct: int, total: int, z=1.96) -> tuple[float, float]:
-    """The 95% interval of an accuracy (Wilson, 1927), as shares from 0 to 1.
+    """Return the 95% interval of an accuracy (Wilson, 1927): all true accuracies for which the
+    measured one would be no surprise, that is, within 1.96 standard deviations.
 
-    It holds all true accuracies that would explain the observed one, p, with an error of at most
-    1.96 standard deviations. The simpler p ± 1.96 · sqrt(p(1 - p) / n) fails near 100%: for 10 of
-    10 it is a single point, as if ten images could prove perfection. Wilson's says 72% to 100%.
+    The usual p ± 1.96 · sqrt(p(1 - p) / n) fails near 100%. For 10 right of 10 it has no width,
+    as if ten images could prove perfection. Wilson's interval goes from 72% to 100%.
     """
     p = correct / total
-    centre = p + z * z / (2 * total)
-    half = z * math.sqrt(p * (1 - p) / total + z * z / (4 * total * total))
-    scale = 1 + z * z / total
-    return (centre - half) / scale, (centre + half) / scale
+    centre = p + z ** 2 / (2 * total)
+    half_width = z * math.sqrt(p * (1 - p) / total + z ** 2 / (4 * total ** 2))
+    shrink = 1 + z ** 2 / total
+    return (centre - half_width) / shrink, (centre + half_width) / shrink
 
 
-def calibration(logits, labels, bins=15) -> tuple[float, float]:
-    """Is the network right in 90% of the cases in which it is 90% sure?
+def calibration(logits: Tensor, labels: Tensor, bins=15) -> tuple[float, float]:
+    """Of the images on which a network is 90% sure, is it right on 90%?
 
-    Returns its mean confidence (its largest probability) and the expected calibration error (Guo
-    et al., 2017): images are sorted into bins by confidence; in each bin mean confidence and
-    accuracy are compared; the differences are averaged, weighted by the images in the bin.
-    A network that was trained with label smoothing is under-confident: it was asked for 95.5%.
+    Return the mean confidence (the largest probability) and the expected calibration error (Guo et
+    al., 2017). A single image is right or wrong, never "90% right". So images are sorted into bins
+    by confidence, and each bin's mean confidence is compared with its accuracy. The error is the
+    mean of these differences, each bin weighted by its images.
+
+    Label smoothing asks for less than 100%. A network that learned with it is under-confident by
+    design: it is right more often than it says.
     """
     confidence, answers = logits.softmax(1).max(1)
-    correct = (answers == labels).float()
-    bin_numbers = (confidence * bins).long().clamp(max=bins - 1)
-    error = 0.0
-    for number in range(bins):
-        inside = bin_numbers == number
-        if inside.any():
-            difference = confidence[inside].mean() - correct[inside].mean()
-            error += abs(difference.item()) * inside.sum().item() / len(labels)
-    return confidence.mean().item(), error
+    right = (answers == labels).float()
+    bin_of_image = (confidence * bins).long().clamp(max=bins - 1)        # 100% is in the last bin
+    difference = 0.0
+    for i in range(bins):
+        in_bin = bin_of_image == i
+        difference += abs(confidence[in_bin].sum() - right[in_bin].sum()).item()
+    return confidence.mean().item(), difference / len(labels)
 
 
-def confusion_table(labels, answers, classes: int):
-    """K×K counts: a row per label, a column per answer."""
-    counts = torch.zeros(classes, classes, dtype=torch.int64)
+def confusion_table(labels: Tensor, answers: Tensor, classes: int) -> Tensor:
+    """Return counts K×K: a row for each label, a column for each answer."""
+    table = torch.zeros(classes, classes, dtype=torch.int64)
     for label, answer in zip(labels.tolist(), answers.tolist()):
-        counts[label, answer] += 1
-    return counts
+        table[label, answer] += 1
+    return table
 
 
-def print_confusion(counts) -> None:
-    """The table with recall and precision.
+def print_table(table: Tensor) -> None:
+    """Print the confusion table with recall and precision.
 
-    Recall: of the real 4s, how many were called 4? Precision: of all that were called 4, how many
-    are 4s? A network that calls everything 4 has a recall of 100% there, and a precision of 10%.
+    Recall divides by the row: how many of the real 4s were called 4? Precision divides by the
+    column: how many of those called 4 are real? A network that calls everything 4 has a recall of
+    100% for it and a precision of 10%. Each of the two is easy to have alone.
     """
-    classes = len(counts)
-    header = "".join(f"{answer:6}" for answer in range(classes))
-    print(f"\nlabel called{header}   recall")
-    for label, row in enumerate(counts.tolist()):
-        cells = "".join(f"{count or '.':>6}" for count in row)
-        print(f"{label:<12}{cells}{percent(row[label], sum(row)):>9}")
-    cells = ""
-    for answer, column in enumerate(counts.T.tolist()):
-        cells += f"{percent(column[answer], sum(column), digits=1):>6}"
-    print(f"{'precision, %':<12}{cells}")
+    classes = range(len(table))
+    correct = table.diag().tolist()
+    labels = table.sum(1).tolist()                   # how many images have each label
+    answers = table.sum(0).tolist()                  # how many images got each answer
+    print("\nlabel called" + "".join(f"{k:6}" for k in classes) + "  recall, %")
+    for k in classes:
+        counts = "".join(f"{count:6}" for count in table[k].tolist())
+        counts = counts.replace("     0", "     .")                  # zeros are easily overlooked
+        print(f"{k:<12}{counts}{percent(correct[k], labels[k]):>11}")
+    precisions = [percent(correct[k], answers[k], 1) for k in classes]
+    print("precision, %" + "".join(f"{precision:>6}" for precision in precisions))
 
 
 def percent(part: int, whole: int, digits=2) -> str:
+    """Return a share in percent. A class without images in the test set has no recall: "-"."""
     if whole == 0:
-        return "-"                                   # no such image, so there is no share
+        return "-"
     return f"{100 * part / whole:.{digits}f}"
 
 
-def print_confused_pairs(counts) -> None:
-    """The five pairs of classes that are confused most often, in either direction."""
+def most_confused(table: Tensor, limit=5) -> list[tuple[int, int, int]]:
+    """Return the most confused pairs as (errors, a, b). Both directions count together."""
     pairs = []
-    for a in range(len(counts)):
-        for b in range(a + 1, len(counts)):
-            total = int(counts[a, b] + counts[b, a])
-            if total:
-                pairs.append((total, a, b))
-    pairs.sort(reverse=True)
-    print("\nmost confused")
-    for _, a, b in pairs[:5]:
-        print(f"{a} and {b}: {counts[a, b]} {a}s called {b}, {counts[b, a]} {b}s called {a}")
+    for a in range(len(table)):
+        for b in range(a + 1, len(table)):
+            errors = (table[a, b] + table[b, a]).item()
+            if errors > 0:
+                pairs.append((errors, a, b))
+    pairs.sort(key=lambda pair: -pair[0])
+    return pairs[:limit]
 
 
-# ---- Two runs on the same images --------------------------------------------------------------
+# ---- Two networks on the same images ----------------------------------------------------------
 
-def compare(first, second, data, names) -> None:
-    """Print which of two runs makes fewer errors, and whether seed noise would explain it."""
+def compare(names: list, runs: list, data) -> None:
+    """Print whether one of two runs is better than the other on the same test images.
+
+    Two intervals that overlap do not answer this. Most images are easy or hard for both networks,
+    and tell nothing about the difference. Only the images on which one is right do.
+    """
     images, labels = data.test
     right = []
-    for run in (first, second):
+    for name, run in zip(names, runs):
         answers = predict(run.network, images, run.mean, run.std).argmax(1)
         right.append(answers == labels)
-    only_first = int((right[0] & ~right[1]).sum())
-    only_second = int((right[1] & ~right[0]).sum())
-    for name, correct in zip(names, right):
-        print(f"{name}: {int((~correct).sum())} errors in {len(labels)}")
-    print(f"only the first is right: {only_first} images; only the second: {only_second}")
-    p = mcnemar(only_first, only_second)
-    print(f"p = {p:.3f}: two equally good networks differ this much or more in {p:.0%} of cases")
+        print(f"{name}: {(answers != labels).sum()} errors in {len(labels)}")
+    only_first = (right[0] & ~right[1]).sum().item()
+    only_second = (right[1] & ~right[0]).sum().item()
+    print(f"only the first is right on {only_first} images, only the second on {only_second}")
+    p_value = mcnemar(only_first, only_second)
+    print(f"McNemar's test: p = {p_value:.3g}, the chance of a difference at least this large "
+          f"between two equally good networks")
 
 
-def mcnemar(only_first: int, only_second: int) -> float:
-    """The p-value of McNemar's exact test (1947).
+def mcnemar(only_a_right: int, only_b_right: int) -> float:
+    """Return the p-value of the exact test (McNemar, 1947).
 
-    Both networks saw the same images. Those that both get right, or both wrong, say nothing about
-    the difference. If the networks are equally good, each of the other images is a toss of a coin.
+    If two networks are equally good, each image on which they differ is a coin toss. How likely
+    are so many heads, or so many tails, or more?
     """
-    tosses = only_first + only_second
-    fewer = min(only_first, only_second)
-    ways = sum(math.comb(tosses, heads) for heads in range(fewer + 1))
+    tosses = only_a_right + only_b_right
+    more = max(only_a_right, only_b_right)
+    ways = sum(math.comb(tosses, heads) for heads in range(more, tosses + 1))
     return min(1.0, 2 * ways / 2 ** tosses)
 
 
@@ -172,268 +183,322 @@ def mcnemar(only_first: int, only_second: int) -> float:
 Suspect = namedtuple("Suspect", "index label other confidence margin")
 
 
-def rank_labels(logits, labels) -> list:
-    """All N images, the least believed label first (Northcutt, Jiang, Chuang, 2021).
+def rank_labels(logits: Tensor, labels: Tensor) -> list[Suspect]:
+    """Return all N images, the least believed label first, from logits R×N×K of R runs.
 
-    `logits` R×N×K are those of one or more runs. `confidence` is the probability of the label,
-    averaged over the runs. `margin` is that minus the probability of the best other class: 1 means
-    that all runs are sure of the label, below 0 is an error, -1 means all are sure of another one.
+    confidence   the probability of the label, averaged over the runs
+    other        the most probable of the other classes
+    margin       confidence less the probability of `other`. At 1 all runs are certain of the
+                 label, below 0 it is an error, at -1 all runs are certain that the label is
+                 wrong (Northcutt, Jiang, Chuang, 2021).
+    Each run has one vote: probabilities are averaged, not logits, which may be of any size.
     """
     probabilities = logits.softmax(2).mean(0)                                           # N×K
-    of_label = probabilities.gather(1, labels[:, None])[:, 0]                           # N
-    others = probabilities.scatter(1, labels[:, None], -1.0)         # the label is out of the way
-    best, other = others.max(1)
-    ranked = []
-    for index in range(len(labels)):
-        ranked.append(Suspect(index, labels[index].item(), other[index].item(),
-                              of_label[index].item(), (of_label - best)[index].item()))
-    ranked.sort(key=lambda suspect: suspect.margin)
-    return ranked
+    column = labels[:, None]                                                            # N×1
+    confidence = probabilities.gather(1, column)[:, 0]
+    others = probabilities.scatter(1, column, -1.0)                      # never choose the label
+    other_confidence, other = others.max(1)
+    margin = confidence - other_confidence
+
+    found = []
+    for i in margin.argsort().tolist():
+        found.append(Suspect(i, labels[i].item(), other[i].item(), confidence[i].item(),
+                             margin[i].item()))
+    return found
 
 
-def report_suspects(runs: list, data, out) -> None:
-    """Print the 20 test labels that the runs believe least, and draw 48 of them.
+def report_suspects(runs: list, data, out: Path) -> None:
+    """Print the 20 least believed test labels of one or several runs, and draw 48 of them.
 
-    This proves nothing: an odd digit with a right label looks the same from here. People have found
-    15 of MNIST's 10,000 test labels wrong (Northcutt, Athalye, Mueller, 2021).
+    This is no proof: runs of one recipe make the same mistakes, and an odd digit with a right
+    label looks the same here. People found 15 of MNIST's 10,000 test labels to be wrong
+    (Northcutt, Athalye, Mueller, 2021). With four runs, all 15 were among the first 100 here.
     """
     images, labels = data.test
-    logits = []
-    for run in runs:
-        if run.args.data != data.name:
-            raise UserError("--suspects: these runs were trained on different data sets")
-        logits.append(predict(run.network, images, run.mean, run.std))
-    ranked = rank_labels(torch.stack(logits), labels)
-    for suspect in ranked[:20]:
+    logits = [predict(run.network, images, run.mean, run.std) for run in runs]
+    found = rank_labels(torch.stack(logits), labels)
+    for suspect in found[:20]:
         print(f"#{suspect.index:<5} label {suspect.label}, or {suspect.other}?  confidence "
               f"{suspect.confidence:.4f}, margin {suspect.margin:+.3f}")
-    draw_ranked(ranked, images, out / "suspects.png")
+    draw_suspects(found, images, out / "suspects.png")
+
+
+def draw_suspects(found: list[Suspect], images: Tensor, path) -> None:
+    tiles, captions = [], []
+    for suspect in found[:48]:
+        tiles.append(tile(images[suspect.index]))
+        captions.append(f"#{suspect.index}  {suspect.margin:+.2f}\n"
+                        f"label {suspect.label}, or {suspect.other}?")
+    gallery(tiles, captions, path,
+            title="The least believed labels: #index, margin (below 0: an error, -1: a sure one)")
 
 
 # ---- Your own digit ---------------------------------------------------------------------------
 #
-# MNIST's makers scaled each digit to fit 20×20 pixels, which made its edges grey, and put its centre
-# of mass into the middle of 28×28 pixels, light on black (LeCun et al., 1998). A network that has
-# seen nothing else cannot read anything else. So a picture goes the same way.
+# A network knows only digits like those it has seen. The makers of MNIST scaled each digit to fit
+# into 20×20 pixels and put its centre of mass into the middle of 28×28 (LeCun et al., 1998). A
+# picture of your own has to go the same way: find paper and ink, crop, scale, centre.
 
-def read_own_digit(path, run, out) -> None:
-    """Print what the network is shown and its ten probabilities. Draw its evidence."""
+def prepare(picture: Tensor) -> Tensor:
+    """Return a picture C×H×W of one digit as MNIST would hold it: light on black, uint8 1×1×28×28.
+    Raises UserError if nothing can be seen.
+    """
+    ink = find_ink(resize(picture, 128))
+    rows = (ink > 0.5).any(dim=1).nonzero().flatten()
+    columns = (ink > 0.5).any(dim=0).nonzero().flatten()
+    if len(rows) == 0:
+        raise UserError("--image: the picture is blank, nothing in it differs from the paper")
+    digit = ink[rows[0]:rows[-1] + 1, columns[0]:columns[-1] + 1]
+
+    digit = resize(digit[None], 20)[0]
+    height, width = digit.shape
+    top = first_pixel(digit.sum(dim=1))
+    left = first_pixel(digit.sum(dim=0))
+    image = torch.zeros(28, 28)
+    image[top:top + height, left:left + width] = digit
+    return (255 * image).round().byte()[None, None]
+
+
+def find_ink(picture: Tensor) -> Tensor:
+    """Return how much ink is at each pixel of a picture C×128×128 or less: H×W, from 0 to 1."""
+    # Paper is what most of the border shows. In a tightly cropped picture ink may cover more than
+    # half of the area, but seldom of the border.
+    border = torch.cat([picture[:, 0], picture[:, -1], picture[:, :, 0], picture[:, :, -1]], dim=1)
+    paper = border.median(dim=1).values[:, None, None]                                  # C×1×1
+    difference = picture - paper
+
+    # Ink is the colour that differs most from the paper. Of other pixels only the part that goes
+    # in the direction from paper to ink counts: 0 is paper, 1 is ink, a bright spot is below 0.
+    distance = difference.abs().mean(0)                                                 # H×W
+    if distance.max() < 0.08:
+        return torch.zeros_like(distance)            # nothing but noise: blank
+    row, column = divmod(distance.argmax().item(), distance.shape[1])
+    to_ink = difference[:, row, column][:, None, None]                                  # C×1×1
+    amount = (difference * to_ink).sum(0) / to_ink.square().sum()
+
+    # Up to 0.3 it is shadow or a ruled line, from 0.7 on it is all ink. In between, edges stay
+    # soft: a small scan has hardly more than edges.
+    ink = ((amount - 0.3) / 0.4).clamp(0, 1)
+    # Dust has no ink around it: at least 5 of the 9×9 pixels around a pixel have to be ink.
+    share = F.avg_pool2d((ink > 0.5).float()[None], 9, stride=1, padding=4)[0]
+    return ink * (share > 4.5 / 81)
+
+
+def first_pixel(ink: Tensor) -> int:
+    """Return the row (or column) of 28 at which a digit begins if its centre of mass is to be in
+    the middle. `ink` is the ink in each of its rows (or columns)."""
+    positions = torch.arange(len(ink)) + 0.5                             # the middle of each pixel
+    centre = (ink * positions).sum() / ink.sum()
+    first = round(14 - centre.item())
+    return min(max(first, 0), 28 - len(ink))         # the whole digit has to be in the image
+
+
+def resize(image: Tensor, side: int) -> Tensor:
+    """Scale an image C×H×W, up or down, so that its longer side has `side` pixels."""
+    height, width = image.shape[1:]
+    scale = side / max(height, width)
+    size = (max(1, round(scale * height)), max(1, round(scale * width)))
+    return F.interpolate(image[None], size, mode="bicubic", antialias=True)[0].clamp(0, 1)
+
+
+def open_picture(path) -> Tensor:
+    """Return a picture, upright, as numbers C×H×W from 0 to 1.
+
+    C is 1 for pictures with 16 or 32 bits per pixel, otherwise 4: red, green, blue and opacity.
+    Raises UserError.
+    """
+    try:
+        picture = ImageOps.exif_transpose(Image.open(path))              # cameras store their turn
+        if picture.mode[0] in "IF":                                      # 16 or 32 bits
+            picture = picture.convert("F")
+        else:
+            # RGBa is colour times opacity: a colour hidden by full transparency becomes 0.
+            picture = picture.convert("RGBA").convert("RGBa")
+        picture.thumbnail((1000, 1000))              # only makes it smaller: photos take time
+        pixels = torch.tensor(np.atleast_3d(picture).astype(np.float32))                # H×W×C
+    except Exception as error:                       # each format can be damaged in its own way
+        raise UserError(f"--image {path} cannot be read as a picture ({reason(error)})")
+    pixels = pixels.permute(2, 0, 1).nan_to_num(0.0, 0.0, 0.0)
+    return pixels / pixels.abs().max().clamp(min=1e-9)
+
+
+def report_image(path: Path, run, out: Path) -> None:
+    """Print what the network is shown and the probability of each digit."""
     if input_shape(run.args.model) != (1, 28, 28):
-        raise UserError(f"--image: the network {run.args.model!r} reads no grey 28x28 images")
+        raise UserError(f"--image: the network {run.args.model!r} reads no grey images of 28x28")
     image = prepare(open_picture(path))
     for row in image[0, 0].tolist():
-        line = ""
-        for value in row:
-            line += 2 * " .:+#"[math.ceil(value / 64)]
-        print(line.rstrip())
+        characters = [2 * " .:+#"[math.ceil(value / 64)] for value in row]
+        print("".join(characters).rstrip())
     probabilities = predict(run.network, image, run.mean, run.std)[0].softmax(0)
     for digit, probability in enumerate(probabilities.tolist()):
         print(f"{digit}  {probability:7.2%}")
     draw_evidence(run, image, out / "image.png")
 
 
-def open_picture(path):
-    """A picture as a tensor C×H×W from 0 to 1, upright. Raises UserError.
-
-    C is 1 for pictures of 16 or 32 bits, otherwise 4: red, green, blue, opacity.
-    """
-    try:
-        picture = ImageOps.exif_transpose(Image.open(path))      # cameras note how they were held
-        if picture.mode[0] in "IF":
-            picture = picture.convert("F")
-        else:
-            # RGBa is colour times opacity, so all that is transparent becomes one colour.
-            picture = picture.convert("RGBA").convert("RGBa")
-        pixels = torch.tensor(np.atleast_3d(picture).astype(np.float32))                # H×W×C
-    except Exception as error:                       # each format is damaged in its own way
-        raise UserError(f"--image {path} cannot be read as a picture ({reason(error)})")
-    return pixels.permute(2, 0, 1) / pixels.abs().max().clamp(min=1e-9)
-
-
-def prepare(picture):
-    """A picture C×H×W of one digit as MNIST would hold it: uint8 1×1×28×28. Raises UserError."""
-    ink = find_ink(picture)
-    rows = (ink > 0.5).any(1).nonzero().flatten()
-    columns = (ink > 0.5).any(0).nonzero().flatten()
-    if len(rows) == 0:
-        raise UserError("--image: the picture is blank, nothing in it differs from the paper")
-    ink = ink[rows[0]:rows[-1] + 1, columns[0]:columns[-1] + 1]
-    ink = resize(ink[None], 20)[0]
-
-    # Where does the digit lie if its centre of mass is in the middle?
-    height, width = ink.shape
-    centre_y = (ink.sum(1) @ (torch.arange(height) + 0.5)) / ink.sum()
-    centre_x = (ink.sum(0) @ (torch.arange(width) + 0.5)) / ink.sum()
-    top = min(max(round(14 - centre_y.item()), 0), 28 - height)
-    left = min(max(round(14 - centre_x.item()), 0), 28 - width)
-    image = torch.zeros(1, 1, 28, 28, dtype=torch.uint8)
-    image[0, 0, top:top + height, left:left + width] = (255 * ink).round().byte()
-    return image
-
-
-def find_ink(picture):
-    """How much each pixel is ink, H×W from 0 to 1, the longer side scaled to 128 pixels."""
-    picture = resize(picture, 128)
-    border = torch.cat([picture[:, 0], picture[:, -1], picture[:, :, 0], picture[:, :, -1]], 1)
-    paper = border.median(1).values                  # the colour of most of the border, C numbers
-
-    # The pixel that differs most from the paper is ink. How far is each pixel on the way from the
-    # paper to it? Below a quarter is shadow, above three quarters is ink, edges lie in between.
-    difference = picture - paper[:, None, None]
-    distance = difference.abs().mean(0)                                                 # H×W
-    if distance.max() < 0.08:
-        return torch.zeros_like(distance)            # no ink, only noise
-    y, x = divmod(distance.argmax().item(), distance.shape[1])
-    direction = difference[:, y, x]
-    way = torch.einsum("chw,c->hw", difference, direction) / (direction ** 2).sum()
-    ink = ((way - 0.25) / 0.5).clamp(0, 1)
-
-    # A stroke has neighbours. Dust and the lines of ruled paper have few.
-    neighbours = F.avg_pool2d((ink > 0.5).float()[None], 9, 1, 4)[0]
-    return ink * (neighbours > 0.055)
-
-
-def resize(image, side: int):
-    """Scale C×H×W so that its longer side has `side` pixels."""
-    _, height, width = image.shape
-    scale = side / max(height, width)
-    size = (max(1, round(scale * height)), max(1, round(scale * width)))
-    return F.interpolate(image[None], size, mode="bicubic", antialias=True)[0].clamp(0, 1)
-
-
-# ---- Pictures of a run ------------------------------------------------------------------------
-
-def draw_all(run, data, logits, counts, out) -> None:
-    """Draw the pictures of the report."""
-    images, labels = data.test
-    ranked = rank_labels(logits[None], labels)
-    draw_ranked(ranked, images, out / "failures.png")
-    errors = counts - counts.diag().diag()           # the diagonal is right
-    gallery([heat(errors.float().log1p())], ["rows: label from 0 on, columns: answer"],
-            out / "confusion.png", columns=1, zoom=40)
-    if images.shape[1:] == (1, 28, 28):
-        draw_augmented(images[4:5], out / "augmented.png")
-    worst = [suspect.index for suspect in ranked[:3]]
-    draw_evidence(run, images[[0, 1, 2] + worst], out / "features.png")
-    draw_filters(run, images[:1], out / "filters.png")
-
-
-def draw_ranked(ranked, images, path) -> None:
-    """The 48 images whose labels are believed least."""
-    tiles = []
-    captions = []
-    for suspect in ranked[:48]:
-        tiles.append(tile(images[suspect.index]))
-        captions.append(f"#{suspect.index}  {suspect.margin:+.2f}\n"
-                        f"label {suspect.label}, or {suspect.other}?")
-    gallery(tiles, captions, path, title="The least believed labels: #index and margin "
-            "(below 0: an error)")
-
-
-def draw_augmented(image, path) -> None:
-    """One digit, as it is and drawn seven times by each of four augmentation recipes."""
-    torch.manual_seed(0)                             # the same picture each time
-    tiles = []
-    captions = []
-    for recipe in ("default", "n1", "n2", "n3"):
-        tiles.append(tile(image[0]))
-        captions.append(recipe)
-        for varied in augment(image.repeat(7, 1, 1, 1), recipe):
-            tiles.append(tile(255 * varied))
-            captions.append("")
-    gallery(tiles, captions, path, columns=8, zoom=3,
-            title="One digit (left), varied at random by four recipes")
-
+# ---- Inside the network -----------------------------------------------------------------------
 
 @torch.no_grad()
-def evidence_maps(network, inputs):
-    """N×K×H×W: a map of evidence per class, whose sum is the logit of that class. None for a
-    network that does not end in a head "conv" or "place" (see model.py)."""
-    if not isinstance(network, nn.Sequential) or not isinstance(network[-1], nn.Sequential):
-        return None
-    head = network[-1]
-    if len(head) < 3 or not isinstance(head[-2], nn.AdaptiveAvgPool2d):
-        return None
-    maps = head[:-2](network[:-1](inputs))           # all but the average and the flattening
-    return maps / (maps.shape[2] * maps.shape[3])
+def evidence_maps(network, inputs: Tensor) -> Tensor | None:
+    """Return N×K×H×W: for each class a map of what each place adds to its logit.
 
-
-def draw_evidence(run, images, path) -> None:
-    """A row per image: the image, then its evidence maps, all on one scale.
-
-    They say only roughly where the evidence is: a unit of the last map sees a window that is larger
-    than the image (python rf.py).
+    The sum of a map is the logit. Only a network that ends in global average pooling has such
+    maps; for others the result is None. They say only coarsely where the evidence is: a unit of
+    the default network's last map sees 33×33 pixels, more than the image has.
     """
+    if not isinstance(network, nn.Sequential):
+        return None
+    layers = list(network)
+    if isinstance(layers[-1], nn.Sequential):                            # a head of model.py
+        layers = layers[:-1] + list(layers[-1])
+    ends = [type(layer) for layer in layers[-2:]]
+    if ends != [nn.AdaptiveAvgPool2d, nn.Flatten] or layers[-2].output_size != 1:
+        return None
+    maps = inputs
+    for layer in layers[:-2]:
+        maps = layer(maps)
+    return maps / maps[0, 0].numel()                                     # a mean is a sum of these
+
+
+def draw_evidence(run, images: Tensor, path) -> None:
+    """Draw one row per image: the image, then the evidence map of each class and its sum."""
     maps = evidence_maps(run.network, normalize(images, run.mean, run.std))
     if maps is None:
-        print(f"no evidence maps: {run.args.model} does not end in a head that has them")
+        print(f"no evidence maps: {run.args.model} does not end in global average pooling")
         return
-    tiles = []
-    captions = []
-    for image, of_classes in zip(images, maps):
+    tiles, captions = [], []
+    for image, maps_of_image in zip(images, maps):
         tiles.append(tile(image))
         captions.append("")
-        limit = of_classes.abs().max()
-        for digit, values in enumerate(of_classes):
-            tiles.append(heat(values, limit))
-            captions.append(f"{digit}: {values.sum():+.1f}")
+        limit = maps_of_image.abs().max()            # one scale for all classes
+        for k, evidence in enumerate(maps_of_image):
+            tiles.append(heat(evidence, limit))
+            captions.append(f"{k}: {evidence.sum():+.1f}")
     gallery(tiles, captions, path, columns=1 + maps.shape[1], zoom=2,
-            title="Evidence for (red) and against (blue) each digit; the number is the sum: the "
-                  "logit")
+            title="Evidence for each class (red) and against it (blue)\n"
+                  "The number is the sum of the map: the logit of the class")
 
 
 @torch.no_grad()
-def draw_filters(run, image, path) -> None:
-    """The filters of the first convolution, then one image on its way through the network: the
-    first eight maps behind each of its blocks."""
-    first = next((layer for layer in run.network.modules() if isinstance(layer, nn.Conv2d)), None)
-    if first is None or not isinstance(run.network, nn.Sequential):
-        print(f"no filters drawn: {run.args.model} is not a list of layers with a convolution")
+def draw_filters(run, image: Tensor, path) -> None:
+    """Draw the filters of the first layer, and the maps of one image C×H×W after each layer.
+
+    The first filters find edges of some direction, or spots. Each layer combines the maps of the
+    layer before it. The later the layer, the less its maps look like the image.
+    """
+    convolutions = [layer for layer in run.network.modules() if isinstance(layer, nn.Conv2d)]
+    if not isinstance(run.network, nn.Sequential) or not convolutions:
+        print(f"no picture of filters: {run.args.model} is no nn.Sequential with convolutions")
         return
-    tiles = []
-    captions = []
-    for number in range(16):
-        if number < len(first.weight):
-            tiles.append(heat(first.weight[number, 0]))
-            captions.append(f"filter {number}")
-    while len(tiles) % 8:
+    filters = convolutions[0].weight.mean(1)         # C×H×W: the mean over the image's channels
+    tiles = [heat(values, filters.abs().max()) for values in filters[:16]]
+    title = f"filters of the first layer: {len(tiles)} of {len(filters)}"
+    captions = [title] + [""] * (len(tiles) - 1)
+    add_blanks(tiles, captions)
+
+    tiles.append(tile(image))
+    captions.append("the image")
+    add_blanks(tiles, captions)
+
+    maps = normalize(image[None], run.mean, run.std)
+    for number, layer in enumerate(run.network, start=1):
+        maps = layer(maps)
+        if maps.dim() != 4 or maps.shape[-1] == 1:
+            break                                    # no maps any more, but scores
+        if isinstance(layer, nn.Dropout):
+            continue                                 # off: it changes nothing here
+        channels, height, width = maps.shape[1:]
+        shown = maps[0, :8]
+        tiles += [heat(values, shown.abs().max()) for values in shown]
+        text = f"after layer {number}: {len(shown)} of {channels} maps, {height}x{width}"
+        captions += [text] + [""] * (len(shown) - 1)
+        add_blanks(tiles, captions)
+    gallery(tiles, captions, path, columns=8, zoom=3,
+            title="The first filters, and one image on its way through the network\n"
+                  "White is 0, red is positive, blue is negative")
+
+
+def add_blanks(tiles: list, captions: list, columns=8) -> None:
+    """Fill the last row of a gallery with white pictures."""
+    while len(tiles) % columns:
         tiles.append(Image.new("RGB", (1, 1), "white"))
         captions.append("")
 
-    maps = normalize(image, run.mean, run.std)
-    for number, layer in enumerate(run.network):
-        maps = layer(maps)
-        if maps.dim() != 4 or isinstance(layer, nn.Dropout):
-            continue                                 # no map, or nothing new to see
-        limit = maps[0, :8].abs().max()
-        for channel in range(8):
-            if channel < maps.shape[1]:
-                tiles.append(heat(maps[0, channel], limit))
-            else:
-                tiles.append(Image.new("RGB", (1, 1), "white"))
-            captions.append(f"after block {number}" if channel == 0 else "")
-    gallery(tiles, captions, path, columns=8, zoom=4,
-            title="The first filters, and the maps of one digit on its way through the network")
+
+def draw_confusion(table: Tensor, path) -> None:
+    """Draw the errors of the confusion table: a row for each label, a column for each answer.
+
+    The colour grows with log(1 + count). Otherwise 1 would look like 0 beside a count of 30.
+    """
+    strength = table.float().log1p()
+    limit = (strength - strength.diag().diag()).max()                    # of the errors only
+    tiles, captions = [], []
+    for label in range(len(table)):
+        for answer in range(len(table)):
+            count = table[label, answer]
+            value = strength[label, answer]
+            caption = ""
+            if label == answer:
+                value = torch.tensor(0.0)
+                caption = f"{label}"
+            elif count > 0:
+                caption = f"{label} as {answer}: {count}"
+            tiles.append(heat(value.view(1, 1), limit))
+            captions.append(caption)
+    gallery(tiles, captions, path, columns=len(table), zoom=56)
 
 
-def draw_curves(folder, out) -> None:
-    """Loss and accuracy after each epoch, for the training and the test images, from log.csv."""
+def draw_augmented(image: Tensor, path) -> None:
+    """Draw one image C×H×W as it is, then seven times as each recipe varies it."""
+    torch.manual_seed(0)                             # the same picture each time
+    tiles, captions = [], []
+    for recipe in ("default", "n1", "n2", "n3"):
+        varied = augment(image.repeat(7, 1, 1, 1), recipe)
+        tiles.append(tile(image))
+        captions.append(f"original, then --augment {recipe}")
+        for variation in varied:
+            tiles.append(tile(255 * variation))
+            captions.append("")
+    gallery(tiles, captions, path, columns=8, zoom=3)
+
+
+# ---- Curves -----------------------------------------------------------------------------------
+
+def curves(history: list[dict], path) -> None:
+    """Draw loss and accuracy after each epoch, on training and on test images.
+
+    `history` has a dict per epoch, as train.py returns it and read_log reads it.
+    """
+    panels = []
+    for quantity, unit in (("loss", "mean per image"), ("accuracy", "% of the images")):
+        panels.append(curve_panel(history, f"Training {quantity}", unit, {
+            "training": f"train_{quantity}"}))
+        panels.append(curve_panel(history, f"Test {quantity}", unit, {
+            "held-out": f"val_{quantity}", "test": f"test_{quantity}"}))
+    chart(panels, path)
+
+
+def curve_panel(history: list[dict], title: str, unit: str, columns: dict) -> dict:
+    epochs = [row["epoch"] for row in history]
+    lines = {}
+    for name, column in columns.items():
+        if column in history[0]:
+            lines[name] = (epochs, [row[column] for row in history])
+    return {"title": title, "x": "epoch", "y": unit, "lines": lines}
+
+
+def read_log(path) -> list[dict]:
+    """Return the rows of a run's log.csv as dicts of numbers. Raises UserError."""
+    history = []
     try:
-        with open(folder / "log.csv") as file:
-            rows = list(csv.DictReader(file))
-        epochs = [int(row["epoch"]) for row in rows]
-        panels = []
-        for kind, unit in (("loss", "mean loss"), ("accuracy", "percent")):
-            for title, names in (("Training", ["train"]), ("Test", ["test", "val"])):
-                lines = {}
-                for name in names:
-                    key = f"{name}_{kind}"
-                    if key in rows[0]:
-                        lines[name] = (epochs, [float(row[key]) for row in rows])
-                panels.append({"title": f"{title} {kind}", "x": "epoch", "y": unit, "lines": lines})
-    except (OSError, KeyError, ValueError, IndexError, TypeError):
-        raise UserError(f"{folder} has no log.csv with a finished epoch: train first, or --run")
-    chart(panels, out / "curves.png")
+        with open(path, newline="") as file:
+            for row in csv.DictReader(file):
+                history.append({name: float(value) for name, value in row.items()})
+        if not history:
+            raise ValueError("it has no rows")
+    except (OSError, ValueError, TypeError, csv.Error) as error:
+        raise UserError(f"{path} is no log of train.py ({reason(error)})")
+    return history
 
 
 # ---- Drawing: a sheet of small pictures -------------------------------------------------------
@@ -444,7 +509,7 @@ BLUE = torch.tensor([33.0, 102.0, 172.0])[:, None, None]
 
 
 def tile(image):
-    """Return a tensor C×H×W, 0 to 255, as a picture: three channels as colours, else the first."""
+    """Return a tensor C×H×W, 0 to 255, as a picture: in colour if C is 3, else grey."""
     if len(image) != 3:
         image = image[:1].expand(3, -1, -1)
     pixels = image.detach().cpu().clamp(0, 255).byte().permute(1, 2, 0)                 # H×W×3
@@ -540,10 +605,10 @@ def draw_panel(panel, width, height):
     draw = ImageDraw.Draw(image)
     lines = panel["lines"]
     bands = panel.get("bands", {})
-    names = [*lines, *bands]
+    names = list(bands) + list(lines)
     legend_width = 80 + max([text_width(name, 28) for name in names], default=0)
     right = max(width, 2 * width - legend_width)              # the axes get half of it at least
-    frame = make_frame(panel, 110, right, 110, 2 * height - 110)
+    frame = make_frame(panel, 130, right, 110, 2 * height - 110)
     draw_axes(draw, panel, frame)
 
     # Lines may coincide. The first is drawn as the thickest, so the later ones do not hide it.
@@ -606,11 +671,13 @@ def to_axis(values, log=False):
 
 def limits(lists, log=False):
     """Return the lowest and the highest of all values. Some room is around a single value."""
-    values = np.concatenate([to_axis(values, log) for values in [[], *lists]])
-    values = values[np.isfinite(values)]
+    values = []
+    for numbers in lists:
+        values.extend(to_axis(numbers, log))
+    values = [value for value in values if math.isfinite(value)]
     if len(values) == 0:
         return 0.0, 1.0
-    low, high = values.min(), values.max()
+    low, high = min(values), max(values)
     size = max(abs(low), abs(high))
     if high - low <= 1e-9 * max(size, 1):
         room = max(size / 100, 1e-3)
@@ -733,46 +800,96 @@ def paler(colour):
 
 # ---- The command line -------------------------------------------------------------------------
 
+def report_run(folder: Path, data_dir, out: Path) -> None:
+    """Print the report of a run and draw all its pictures; only the curves if it still trains."""
+    log, weights = folder / "log.csv", folder / "weights.pt"
+    if not log.exists() and not weights.exists():
+        raise UserError(f"{folder} has no log.csv and no weights.pt: it is no run of train.py, or "
+                        f"its first epoch is not finished")
+    if log.exists():
+        curves(read_log(log), out / "curves.png")
+    if not weights.exists():
+        print(f"{folder} is not finished: only {quote(out / 'curves.png')} is drawn so far")
+        return
+
+    run = load_run(folder)
+    data = load_data(run, data_dir)
+    images, labels = data.test
+    logits = report(folder, run, data)
+    print()
+    found = rank_labels(logits[None], labels)
+    draw_suspects(found, images, out / "failures.png")
+    draw_confusion(confusion_table(labels, logits.argmax(1), data.classes), out / "confusion.png")
+    draw_augmented(data.train[0][0], out / "augmented.png")
+    worst = [suspect.index for suspect in found[:4]]
+    draw_evidence(run, images[[0, 1, 2, 3] + worst], out / "features.png")
+    draw_filters(run, images[0], out / "filters.png")
+    print(f"drawn in {quote(out)}")
+
+
+def load_data(run, data_dir):
+    """Load the data of a run from data_dir, or without one from where the run found them."""
+    if data_dir is None:
+        data_dir = run.args.data_dir
+    return load(run.args.data, data_dir)
+
+
+def load_runs(folders: list) -> list:
+    """Load several runs. Raises UserError if they were not trained on the same data."""
+    runs = [load_run(folder) for folder in folders]
+    for run in runs:
+        if run.args.data != runs[0].args.data:
+            raise UserError("these runs were trained on different data")
+    return runs
+
+
 def last_run() -> Path:
-    """The run under runs/ with the highest number."""
-    folders = [path.parent for path in Path("runs").glob("*/checkpoint.pt")]
-    numbered = [folder for folder in folders if folder.name.isdecimal()]
-    return max(numbered, key=lambda folder: int(folder.name), default=Path("runs/001"))
+    """Return the run with the highest number under runs/."""
+    folders = [path for path in Path("runs").glob("*") if path.name.isdecimal()]
+    if not folders:
+        raise UserError("there is no run under runs/: train one, or name it with --run")
+    return max(folders, key=lambda path: int(path.name))
 
 
 def main() -> None:
     parser = Parser(prog="analyze.py", description="What a trained network gets wrong, and why.")
-    add = parser.add_argument
-    add("--run", type=user_path, metavar="RUN", help="folder of a run; none: the last one")
-    add("--compare", type=user_path, nargs=2, metavar="RUN", help="compare two runs")
-    add("--suspects", type=user_path, nargs="+", metavar="RUN", help="rank the test labels")
-    add("--image", type=user_path, metavar="FILE", help="read a picture of one digit")
-    add("--data-dir", type=user_path, help="where the data set is; none: where the run found it")
-    add("--out", type=user_path, metavar="FOLDER", help="for the pictures; none: RUN/analysis")
+    parser.add_argument("--run", type=user_path, metavar="FOLDER", help="none: the last run")
+    task = parser.add_mutually_exclusive_group()
+    task.add_argument("--compare", type=user_path, nargs=2, metavar="FOLDER",
+                      help="two runs: is one better?")
+    task.add_argument("--suspects", type=user_path, nargs="+", metavar="FOLDER",
+                      help="one or more runs: which test labels may be wrong?")
+    task.add_argument("--image", type=user_path, metavar="FILE",
+                      help="a picture of one digit: what is it?")
+    parser.add_argument("--data-dir", type=user_path, help="none: where the run found its data")
+    parser.add_argument("--out", type=user_path, metavar="FOLDER", help="none: FOLDER/analysis")
     args = parser.parse_args()
 
-    folders = args.compare or args.suspects or [args.run or last_run()]
-    out = args.out or folders[0] / "analysis"
-    reports = not (args.compare or args.suspects or args.image)
-    if reports:
-        draw_curves(folders[0], out)
-        if not (folders[0] / "weights.pt").exists():
-            print(f"{out / 'curves.png'} is drawn. The rest needs the end of the training.")
-            return
-    runs = [load_run(folder) for folder in folders]
-    if args.image:
-        read_own_digit(args.image, runs[0], out)
+    if args.run and (args.compare or args.suspects):
+        raise UserError("--run: --compare and --suspects name their runs themselves")
+    if args.compare:
+        folders = args.compare
+    elif args.suspects:
+        folders = args.suspects
+    elif args.run:
+        folders = [args.run]
     else:
-        first = runs[0].args
-        data = load(first.data, args.data_dir or first.data_dir)
-        if args.compare:
-            compare(*runs, data, folders)
-            return
-        if args.suspects:
-            report_suspects(runs, data, out)
-        else:
-            report(runs[0], data, folders[0], out)
-    print(f"\npictures: {quote(out)}")
+        folders = [last_run()]
+    out = args.out
+    if out is None:
+        out = folders[0] / "analysis"
+
+    if args.compare:
+        runs = load_runs(folders)
+        compare(folders, runs, load_data(runs[0], args.data_dir))
+    elif args.suspects:
+        runs = load_runs(folders)
+        report_suspects(runs, load_data(runs[0], args.data_dir), out)
+        print(f"\ndrawn: {quote(out / 'suspects.png')}")
+    elif args.image:
+        report_image(args.image, load_run(folders[0]), out)
+    else:
+        report_run(folders[0], args.data_dir, out)
 
 
 if __name__ == "__main__":

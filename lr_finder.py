@@ -87,8 +87,9 @@ def smooth(losses: list, reach=5) -> list:
 def pick_rates(rates: list, losses: list) -> dict:
     """Rates read off a sweep, by name. Empty if the loss does not fall clearly.
 
-    recommended     half of the rate at the lowest loss, as OneCycle's maximum. At the lowest point
-                    the loss is about to rise, so this rate is just too large to be held.
+    recommended     three quarters of the rate at the lowest loss, as OneCycle's maximum. Beyond the
+                    lowest point steps are too large, and without batch norm the training may
+                    break suddenly, so stay a little below it.
     lowest          where the smoothed loss is lowest
     steepest        where it falls fastest, per factor of the rate
     explosion / 10  a tenth of the rate at which the loss is back at its first level: the rule of
@@ -104,7 +105,7 @@ def pick_rates(rates: list, losses: list) -> dict:
     if lowest == 0 or not fall > 2 * noise:
         return {}
 
-    picks = {"recommended": rates[lowest] / 2, "lowest": rates[lowest]}
+    picks = {"recommended": 0.75 * rates[lowest], "lowest": rates[lowest]}
     falls = [before[step - 5] - before[step] for step in range(5, len(before))]
     if falls:
         picks["steepest"] = rates[falls.index(max(falls)) + 2]
@@ -116,7 +117,7 @@ def pick_rates(rates: list, losses: list) -> dict:
 
 
 MEANINGS = {
-    "recommended": "half of the rate below: a maximum for OneCycle",
+    "recommended": "three quarters of the rate below: a maximum for OneCycle",
     "lowest": "the loss is lowest here; beyond it, steps are too large",
     "steepest": "the loss falls fastest here",
     "explosion / 10": "a tenth of the rate at which the loss is back where it began",
