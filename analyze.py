@@ -20,7 +20,7 @@ from collections import namedtuple
 from pathlib import Path
 
 from data import (Parser, UserError, augment, font, load, normalize, quote, reason, run_command,
-                  save, user_path)               # before torch: see there
+                  save, user_path)               # before torch: data.py says why
 
 import numpy as np
 import torch
@@ -119,7 +119,7 @@ def print_table(table: Tensor) -> None:
     print("\nlabel called" + "".join(f"{k:6}" for k in classes) + "  recall, %")
     for k in classes:
         counts = "".join(f"{count:6}" for count in table[k].tolist())
-        counts = counts.replace("     0", "     .")                  # zeros are easily overlooked
+        counts = counts.replace("     0", "     .")                  # a dot for 0, so that the errors stand out
         print(f"{k:<12}{counts}{percent(correct[k], labels[k]):>11}")
     precisions = [percent(correct[k], answers[k], 1) for k in classes]
     print("precision, %" + "".join(f"{precision:>6}" for precision in precisions))
@@ -308,7 +308,7 @@ def open_picture(path) -> Tensor:
     Raises UserError.
     """
     try:
-        picture = ImageOps.exif_transpose(Image.open(path))              # cameras store their turn
+        picture = ImageOps.exif_transpose(Image.open(path))              # a camera stores how it was held
         if picture.mode[0] in "IF":                                      # 16 or 32 bits
             picture = picture.convert("F")
         else:
@@ -340,7 +340,7 @@ def report_image(path: Path, run, out: Path) -> None:
 
 @torch.no_grad()
 def evidence_maps(network, inputs: Tensor) -> Tensor | None:
-    """Return N×K×H×W: for each class a map of what each place adds to its logit.
+    """Return N×K×H×W: for each class a map of what each position adds to its logit.
 
     The sum of a map is the logit. Only a network that ends in global average pooling has such
     maps; for others the result is None. They say only coarsely where the evidence is: a unit of
@@ -633,7 +633,7 @@ def draw_panel(panel, width, height):
 
 
 def make_frame(panel, left, right, top, bottom):
-    """Return the frame on which all values of the panel have a place."""
+    """Return a frame that fits all values of the panel, or its "y_range" if it has one."""
     log_x = panel.get("log_x", False)
     log_y = panel.get("log_y", False)
     all_xs = [list(panel.get("marks", {}).values())]
@@ -750,7 +750,7 @@ def draw_axes(draw, panel, frame):
 
 
 def draw_line(draw, places, colour, thickness):
-    """Draw the line from place to place. One without known neighbours is still seen as a dot."""
+    """Draw the line from place to place. A point whose neighbours are unknown is still drawn as a dot."""
     for here, there in zip(places, places[1:]):
         if not np.isnan([here, there]).any():
             draw.line([here, there], colour, thickness)

@@ -27,9 +27,9 @@ import tempfile
 from pathlib import Path
 from typing import NamedTuple
 
-# A thread that waits for the others keeps its core busy. Beside a browser that costs a factor of
-# three, so let it fall asleep soon. PyTorch reads this setting (of GNU OpenMP) when it is imported,
-# therefore every script imports this file first.
+# A thread that waits for other threads keeps its core busy. If another program needs that core,
+# training takes up to three times as long, so waiting threads should soon sleep. PyTorch reads this
+# setting (of GNU OpenMP) when it is imported, so the scripts import this file before torch.
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 import numpy as np
@@ -149,7 +149,8 @@ def augment(images: Tensor, recipe="default", strength=1.0) -> Tensor:
     if recipe == "none" or strength == 0:
         return images
 
-    # All random numbers of the batch in one draw: a row per kind, a column per image.
+    # One draw for the whole batch: a row for each kind of variation, a column for each image.
+    # (random_erase draws the rectangles itself.)
     draws = torch.rand(9, len(images), device=images.device)             # between 0 and 1
     signed = 2 * draws - 1                                               # between -1 and 1
     degrees = ranges.rotate * signed[0] + ranges.rotate_again * signed[1]
@@ -265,11 +266,12 @@ def load(name="mnist", data_dir="data", device="cpu", val=0, limit=None) -> Data
     else:
         train, test = load_torchvision(name, Path(data_dir))
 
-    kept = len(train[0]) - val
-    if kept < (limit or 1):
-        raise UserError(f"--val {val}, --limit {limit}: {name} has {len(train[0])} training images")
-    held_out = (train[0][kept:], train[1][kept:])
-    train = (train[0][:kept][:limit], train[1][:kept][:limit])
+    remaining = len(train[0]) - val
+    if remaining < (limit or 1):
+        raise UserError(f"{name} has {len(train[0])} training images, too few for --val {val} and "
+                        f"--limit {limit or 'none'}")
+    held_out = (train[0][remaining:], train[1][remaining:])
+    train = (train[0][:remaining][:limit], train[1][:remaining][:limit])
 
     # To the device once, all of it: later no batch has to travel while the training waits.
     parts = []
@@ -407,7 +409,7 @@ def check_tensors(images, labels) -> None:
 
 
 def save(path, content: bytes | str) -> None:
-    """Write a file whole or not at all, and make its folder. Every file is written here.
+    """Write a file whole or not at all, and make its folder. The scripts write with this function.
 
     The content goes to a .part file first, which then takes the place of the file in one step. A
     program that is stopped at any moment leaves the old file or the new one, and at most a .part
@@ -470,7 +472,7 @@ def number(kind, low, high=10 ** 9):
     """A type for argparse: a number, int or float, from low to high."""
     def parse(text):
         value = kind(text)                           # "1.5" as an int raises ValueError
-        if not low <= value <= high:                 # NaN is not, either
+        if not low <= value <= high:                 # NaN fails this check, too
             raise argparse.ArgumentTypeError(f"{text} must be at least {low} and at most {high}")
         return value
     parse.__name__ = kind.__name__                   # argparse prints it: "invalid float value"

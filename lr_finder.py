@@ -7,10 +7,10 @@ grid of short trainings, or a random search, can look closer, on held-out images
     python lr_finder.py                          the sweep, a picture, and the command to go on with
     python lr_finder.py --opt adam --model n3    another optimizer, another network
     python lr_finder.py --grid                   four classic settings, one epoch each
-    python lr_finder.py --search 8               8 random settings; the worse half stops each time
+    python lr_finder.py --search 8               8 random settings; each round drops the worse half
 
-Smith (2015) raised the rate linearly and watched the accuracy. To raise it exponentially and to
-watch the loss is the form of fastai and of the course notes (N4), and this one.
+Smith (2015) raised the rate linearly and watched the accuracy. fastai and the course notes (N4)
+raise it exponentially and watch the loss, and so does this script.
 
 It prints the rates that it reads off the curve and draws lr_range.png into the folder --out. --grid
 and --search write a table there: trials-1.csv, trials-2.csv, ...
@@ -21,7 +21,7 @@ import math
 import statistics
 from pathlib import Path
 
-import data as digits           # before torch: see there
+import data as digits           # before torch: data.py says why
 from data import UserError, number, run_command, save, user_path
 
 import torch
@@ -34,7 +34,7 @@ import train as training
 # ---- The sweep --------------------------------------------------------------------------------
 
 def range_test(network, make_optimizer, next_loss, start=1e-6, factor=1.1, steps=200):
-    """Train a copy of the network at growing rates. Return (rates, losses), a number per step.
+    """Train a copy of the network at growing rates. Return (rates, losses), one of each per step.
 
     Step i has the rate start · factor^i. make_optimizer(network) returns its optimizer, which is
     kept for the whole sweep. next_loss(network) returns the loss of the next batch: of your own
@@ -87,29 +87,29 @@ def smooth(losses: list, reach=5) -> list:
 def pick_rates(rates: list, losses: list) -> dict:
     """Rates read off a sweep, by name. Empty if the loss does not fall clearly.
 
-    recommended     three quarters of the rate at the lowest loss, as OneCycle's maximum. Beyond the
-                    lowest point steps are too large, and without batch norm the training may
-                    break suddenly, so stay a little below it.
-    lowest          where the smoothed loss is lowest
-    steepest        where it falls fastest, per factor of the rate
+    lowest          the rate at which the smoothed loss is lowest. Beyond it, steps are too large.
+    recommended     three quarters of `lowest`, as OneCycle's maximum. Without batch norm the
+                    training may break suddenly, so stay a little below `lowest`.
+    steepest        the rate in the middle of those five steps over which the loss falls most
     explosion / 10  a tenth of the rate at which the loss is back at its first level: the rule of
                     the notes. There is none if the sweep ends before.
     """
     curve = smooth(losses)
     if len(curve) < 20:
         return {}
-    lowest = curve.index(min(curve))
-    before = curve[:lowest + 1]
-    fall = curve[0] - curve[lowest]
+    lowest_step = curve.index(min(curve))
+    before = curve[:lowest_step + 1]
+    fall = curve[0] - curve[lowest_step]
     noise = statistics.median(abs(loss - level) for loss, level in zip(losses, curve))
-    if lowest == 0 or not fall > 2 * noise:
+    if lowest_step == 0 or not fall > 2 * noise:
         return {}
 
-    picks = {"recommended": 0.75 * rates[lowest], "lowest": rates[lowest]}
+    lowest = rates[lowest_step]
+    picks = {"recommended": 0.75 * lowest, "lowest": lowest}
     falls = [before[step - 5] - before[step] for step in range(5, len(before))]
     if falls:
-        picks["steepest"] = rates[falls.index(max(falls)) + 2]
-    for step in range(lowest, len(curve)):
+        picks["steepest"] = rates[falls.index(max(falls)) + 2]     # + 2: the middle of the five
+    for step in range(lowest_step, len(curve)):
         if curve[step] > curve[0]:
             picks["explosion / 10"] = rates[step] / 10
             break
@@ -117,7 +117,7 @@ def pick_rates(rates: list, losses: list) -> dict:
 
 
 MEANINGS = {
-    "recommended": "three quarters of the rate below: a maximum for OneCycle",
+    "recommended": "three quarters of the next one: a maximum for OneCycle",
     "lowest": "the loss is lowest here; beyond it, steps are too large",
     "steepest": "the loss falls fastest here",
     "explosion / 10": "a tenth of the rate at which the loss is back where it began",
@@ -126,6 +126,9 @@ MEANINGS = {
 
 def sweep(args, data):
     """range_test with the network, the batches, the loss and the optimizer of train.py."""
+    network = training.make_network(args, data)
+    batches = endless_batches(args, data)
+
     def next_loss(network):
         images, labels = next(batches)
         images = digits.augment(images, args.augment)
@@ -135,8 +138,6 @@ def sweep(args, data):
     def make_optimizer(network):
         return training.make_optimizer(args, network)
 
-    network = training.make_network(args, data)
-    batches = endless_batches(args, data)
     return range_test(network, make_optimizer, next_loss, args.start, args.factor, args.steps)
 
 
@@ -158,14 +159,16 @@ def report_sweep(args, data) -> None:
         if name in picks:
             marks[name] = picks[name]
     path = args.out / "lr_range.png"
-    lowest, first = min(curve), curve[0]
-    margin = 0.3 * (first - lowest)                  # the explosion may leave the picture
+    lowest_loss = min(curve)
+    first_loss = curve[0]
+    margin = 0.3 * (first_loss - lowest_loss)                  # the explosion may leave the picture
     chart([{
         "title": title, "x": "learning rate", "y": "training loss", "log_x": True,
-        "y_range": (lowest - margin, first + 2 * margin), "marks": marks,
+        "y_range": (lowest_loss - margin, first_loss + 2 * margin), "marks": marks,
         "lines": {"each batch": (rates, losses), "smoothed": (rates, curve)},
     }], path, columns=1)
-    print(f"{title}: {len(rates)} steps, loss {first:.2f} at first, {lowest:.2f} at its lowest")
+    print(f"{title}: {len(rates)} steps, loss {first_loss:.2f} at first, "
+          f"{lowest_loss:.2f} at its lowest")
     print(f"picture: {path}")
     if not picks:
         raise UserError("not clear: the loss does not fall by more than its noise. Try larger "
@@ -196,8 +199,8 @@ def given_flags(args) -> str:
 
 # ---- Trying rates out -------------------------------------------------------------------------
 #
-# A grid or a search compares short trainings on held-out images. The test images are left out: to
-# choose with them would use them up. Every training starts from the same weights, sees the same
+# A grid or a search compares short trainings on held-out images. The test images are not used:
+# a setting that was chosen on them would look better than it is. Every training starts from the same weights, sees the same
 # batches and ends its OneCycle, so that its last accuracy has little noise.
 
 CLASSIC = ("sgd:1e-1,5e-4", "sgd:1e-2,5e-4", "adam:3e-4,5e-4", "adam:1e-3,0")       # of the lecture

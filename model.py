@@ -1,6 +1,6 @@
 """The networks, each a list of layers that is read from top to bottom.
 
-What it teaches: how far fewer than 20,000 parameters go. The project's own network comes after the
+What it teaches: how much a network of fewer than 20,000 parameters can do. The project's own network comes after the
 parts that it is built from. Then come the networks of the course notes that this project
 re-implements, built from the same parts, so that they can be compared fairly.
 
@@ -21,7 +21,7 @@ probabilities, but it belongs to the loss (train.py): a network that ends in sof
 with cross-entropy applies softmax twice.
 
 How to read the comments at the layers:   output shape   RF receptive field   parameters
-"RF 8" means that one unit of this output sees an 8×8 window of the image; "RF all" means all of the
+"RF 8" means that one unit of this output sees 8×8 pixels of the image; "RF all" means all of the
 image. `python rf.py` computes these three columns, and a test compares them with the comments.
 """
 import math
@@ -101,8 +101,8 @@ def make_head(channels: int, kind="conv", side=7) -> nn.Sequential:
     "conv":    a 1×1 convolution makes ten maps, one per digit, and the average of each map is its
                logit: global average pooling (Lin, Chen, Yan, 2013). The maps can be looked at:
                analyze.py draws them.
-    "linear":  the average of each channel first, then a linear layer. Averaging and a linear layer
-               can change places, so with equal weights both heads return the same logits.
+    "linear":  the average of each channel first, then a linear layer. The order of averaging and
+               a linear layer does not matter, so with equal weights both heads return the same.
     "place":   like "conv", but a weighted average: see Places.
     """
     if kind == "conv":
@@ -122,7 +122,7 @@ class Places(nn.Module):
     position the same weight; here the network learns how much evidence counts at each position.
     The price is 490 parameters for ten maps of 7×7, and the network is no longer
     translation-invariant: a digit that moves meets other weights. The small network `micro` gains
-    about a percentage point by it, the larger ones gain nothing (assets/results.md).
+    about a percentage point from it; the larger ones gain nothing (assets/results.md).
     """
 
     def __init__(self, channels: int, side: int):
@@ -143,7 +143,7 @@ class Residual(nn.Module):
     """y = ReLU(x + F(x)), where F is two 3×3 convolutions with batch norm (He et al., 2015).
 
     F learns only what to add to x. A deep plain network has to learn to pass its input on, and
-    beyond some depth even its training error rises. Here passing on is free: F = 0.
+    beyond some depth even its training error rises. Here it only has to learn F = 0.
     """
 
     def __init__(self, channels: int):
@@ -161,16 +161,16 @@ class Residual(nn.Module):
 # ---- The first weights ------------------------------------------------------------------------
 
 def he_init(network: nn.Module) -> None:
-    """Draw the weights of convolutions and linear layers from N(0, 2 / fan_in), set their biases to
-    0 (He et al., 2015).
+    """Draw the weights of convolutions and linear layers from N(0, 2 / fan_in) and set their
+    biases to 0 (He et al., 2015).
 
-    A unit adds up fan_in products, so the variance of its output is fan_in · Var(weight) · E[x²].
+    Each output number is a sum of fan_in products, so its variance is fan_in · Var(weight) · E[x²].
     ReLU sets half of a symmetric signal to 0 and so halves E[x²]; the factor 2 restores it. Signals
     then keep their size through any number of layers. With a standard deviation of 0.01 they vanish
-    after a few wide layers, with 0.1 they explode: a test runs this experiment. (Behind SiLU E[x²]
+    after a few wide layers, with 0.1 they explode: a test runs this experiment. (After SiLU E[x²]
     is 0.355 instead of 0.5 for normal inputs, 29% less; batch norm restores the size.)
 
-    Behind the last layer there is no ReLU, so nothing is halved. In a network without batch norm,
+    No ReLU follows the last layer, so nothing is halved there. In a network without batch norm,
     max pooling makes signals grow as well. The logits of n2_plain start so large that its first
     loss is 3 to 8, depending on the random seed, instead of ln 10 = 2.3:
     `python train.py --sanity --model n2-plain` reports it.
@@ -194,8 +194,8 @@ def default(head="conv", down="overlap", activation="silu", dropout=0.1) -> nn.S
       one layer of edges is all that this network computes on them.
     - Its channels hardly grow. A 3×3 convolution has 9·in·out weights at any map size: one of 16→24
       and three of 24→24 use up the budget.
-    - Dropout sets a tenth of the features to 0 at random, in training only, so that no unit relies
-      on a single other one (Srivastava et al., 2014). It stands only here, because it takes time.
+    - Dropout sets a tenth of the features to 0 at random, in training only, so that the network
+      does not rely on any single feature (Srivastava et al., 2014). It stands only here, because it takes time.
     """
     return nn.Sequential(
         down_block(1, 16, down, activation),           # 16×14×14   RF 5          176
@@ -221,7 +221,7 @@ def tiny(head="conv") -> nn.Sequential:
 
 
 def micro(head="place") -> nn.Sequential:
-    """How far do 1,863 parameters go? A quarter of them are weights of positions.
+    """The smallest network: 1,863 parameters. A quarter of them are weights of positions.
 
     Arithmetic costs no parameters, so this network computes more of it: it halves the map only
     after its second convolution.
@@ -254,7 +254,10 @@ def residual(head="conv") -> nn.Sequential:
 
 
 def n1() -> nn.Sequential:
-    """Every block has dropout, less from block to block. The notes count 18,746 parameters."""
+    """Every block has dropout, from 0.15 down to 0.1. The notes count 18,746 parameters.
+
+    The biases before batch norm are redundant, but the notes have them.
+    """
     return nn.Sequential(
         block(1, 4, dropout=0.15, bias=True),          # 4×28×28    RF 3           48
         block(4, 8, dropout=0.125, bias=True),         # 8×28×28    RF 5          312
@@ -332,8 +335,8 @@ def n3_original() -> nn.Sequential:
 
 
 def n3() -> nn.Sequential:
-    """The optimized network. Behind its last ReLU no score is negative: there is evidence for a
-    digit, but none against it."""
+    """The optimized network. It ends in ReLU, so no score is negative: it can show evidence for
+    a digit, but not against it."""
     return nn.Sequential(
         block(1, 10),                                  # 10×28×28   RF 3          110
         block(10, 18, dropout=0.05),                   # 18×28×28   RF 5        1,656

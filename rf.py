@@ -76,7 +76,7 @@ PIXEL = Axis(jump=1, size=1, start=0)
 
 
 def slide(axis: Axis, kernel: int, stride: int, padding: int, dilation: int) -> Axis:
-    """The axis behind one more convolution or pooling."""
+    """The axis after one more convolution or pooling."""
     jump = axis.jump * stride
     size = axis.size + (kernel - 1) * dilation * axis.jump
     start = axis.start - padding * axis.jump
@@ -174,8 +174,9 @@ def positions_stay(call: Call, result: Tensor) -> bool:
 
 def writes_in_place(node, place: str) -> bool:
     """Does it change one of its arguments, as add_() and copy_() do? Other nodes may hold it."""
-    is_function = node.op in ("call_function", "call_method")
-    return "out" in node.kwargs or is_function and place.endswith("_")
+    if "out" in node.kwargs:
+        return True
+    return node.op in ("call_function", "call_method") and place.endswith("_")
 
 
 def smallest_around(fields: list):
@@ -270,13 +271,13 @@ class Follower(torch.fx.Interpreter):
                 self.new_parameters += parameter.numel()
 
     def add_row(self, call: Call, field, result: Tensor) -> None:
-        """Add a row to the table, if there is news."""
+        """Add a row, if shape or field are new, or if there are parameters or multiply-adds."""
         shape = tuple(result.shape[1:])
         window = None
         if call.operation in SLIDE:
             window = window_of(call.settings)
         multiply_adds = 0
-        if call.operation in ("conv2d", "linear"):  # for each output one per weight
+        if call.operation in ("conv2d", "linear"):  # each output number: one per weight
             outputs = result.numel() // len(self.images)
             multiply_adds = outputs * call.settings["weight"][0].numel()
         if self.new_parameters or multiply_adds or (shape, field) != self.latest:
@@ -363,9 +364,10 @@ def pair(setting) -> tuple[int, int]:
 # ---- Ink: what a unit really sees -------------------------------------------------------------
 #
 # Ink is NaN. A unit that reads it becomes NaN, whatever its weights: 0·NaN is NaN, and so is the
-# maximum of NaN and 5. Light would not do: negative weights cancel it, and the maximum ignores it.
+# maximum of NaN and 5. A bright value would not do: negative
+# weights can cancel it, and a maximum can ignore it.
 #
-# A window is a rectangle, so its rows and its columns can be found apart: one image for each row
+# Rows and columns can be measured separately: one image for each row
 # and one for each column, H + W in all.
 
 def ink(input_shape) -> Tensor:
@@ -398,7 +400,7 @@ def measure(result: Tensor, field, images: Tensor) -> str:
     for i, seen in enumerate([rows.T, columns.T]):  # units × pixels
         inside = torch.ones_like(seen)
         if field != GLOBAL:
-            inside = windows(field[i], *seen.shape)
+            inside = field_pixels(field[i], *seen.shape)
         most.append(int(seen.sum(dim=1).max()))
         if (inside & ~seen).any() and sign == "=":
             sign = "<"
@@ -407,8 +409,8 @@ def measure(result: Tensor, field, images: Tensor) -> str:
     return f"{both(most)} {sign}"
 
 
-def windows(axis: Axis, units: int, pixels: int) -> Tensor:
-    """units × pixels: which pixels of the image are in which unit's window?"""
+def field_pixels(axis: Axis, units: int, pixels: int) -> Tensor:
+    """units × pixels: which pixels are in the receptive field of which unit?"""
     start = axis.start + axis.jump * torch.arange(units)[:, None]
     pixel = torch.arange(pixels)
     return (start <= pixel) & (pixel < start + axis.size)
@@ -519,7 +521,7 @@ def diagnose(call: Call, error: Exception) -> str:
 def effective_field(network: nn.Module, images: Tensor, layer: str) -> Tensor:
     """|d unit / d pixel| for the centre unit of a layer's map: H×W numbers with the sum 1.
 
-    The unit is the sum of its channels, the result the mean over images N×C×H×W.
+    The value of the unit is the sum of its channels. The result is the mean over the images.
     """
     maps = []
 
@@ -558,13 +560,13 @@ def draw_fields(candidates: dict, inputs: dict, input_shape, path) -> None:
             captions.append(f"{name} network, {kind}:\n{result}")
             tiles.append(outlined(amount, last))
     gallery(tiles, captions, path, columns=len(inputs), zoom=1,
-            title=f"What moves the centre unit of {last.place} (grey: image, blue: window)")
+            title=f"What moves the centre unit of {last.place} (grey: image, blue: receptive field)")
     print(f"picture: {path}")
 
 
 def outlined(amount: Tensor, row: Row) -> Image.Image:
-    """An effective field as a picture, with two outlines: the image, and the window of the centre
-    unit, which may reach into the padding."""
+    """An effective field as a picture, with two outlines: the image, and the receptive field of the
+    centre unit, which may reach into the padding."""
     height, width = amount.shape
     across = row.field[1]
     down = row.field[0]

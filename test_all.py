@@ -1530,7 +1530,7 @@ WRONG_INPUT = [
     (train, "--epo 3", "unrecognized arguments"),
     (train, "--epochs 0", "at least 1"),
     (train, "--dropout 1", "at most"),
-    (train, "--data synthetic --val 10000", "10000 training images"),
+    (train, "--data synthetic --val 10000", "too few for --val 10000"),
     (train, "--data synthetic --model cifar", "channels"),
     (train, "--data synthetic --model tiny --dropout 0.1", "'dropout'"),
     (train, "--data synthetic --model n1 --head linear", "'head'"),
@@ -1949,7 +1949,7 @@ def test_only_pixels_of_its_window_move_a_unit():
     row = [row for row in rows if row.place == "8.0 Conv2d"][0]
     amount = rf.effective_field(network, torch.randn(8, 1, 28, 28), "8.0")
     assert amount.sum().item() == pytest.approx(1)
-    down, across = [rf.windows(axis, 5, 28)[2] for axis in row.field]       # unit 2 of 5
+    down, across = [rf.field_pixels(axis, 5, 28)[2] for axis in row.field]       # unit 2 of 5
     inside = down[:, None] & across
     assert inside.sum() == 22 * 22
     assert (amount[~inside] == 0).all() and (amount[inside] > 0).all()

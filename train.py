@@ -27,7 +27,7 @@ import zipfile
 from pathlib import Path
 from typing import NamedTuple
 
-import data as digits           # before torch: see there
+import data as digits           # before torch: data.py says why
 from data import UserError, number, quote, reason, run_command, save, user_path
 
 import torch
@@ -42,8 +42,8 @@ import model as networks
 #   forward    The network turns a batch of B images into B×10 scores, called logits. Cross-entropy
 #              compares them with the labels: it is the mean of -log(probability of the label), and
 #              about ln 10 = 2.3 for a network that guesses. It applies softmax itself. Label
-#              smoothing (Szegedy et al., 2016) asks for a probability of 95.5% instead of 100%, so
-#              that the logits need not grow without end.
+#              smoothing (Szegedy et al., 2016; here 0.05) asks for a probability of 95.5% instead
+#              of 100%, so that the logits need not grow without end.
 #   backward   The chain rule, from the loss back to the first layer, gives d loss / d weight for
 #              every weight. PyTorch adds it to weight.grad, so the gradients of the last step are
 #              cleared first.
@@ -73,20 +73,22 @@ def training_step(network, optimizer, inputs, labels, args):
 # Why a seed per epoch? A run that was interrupted then draws the same batches, variations and
 # dropout as one that was not, and no generator has to be saved.
 #
-# Why look at the loss every 50 steps only? The sums stay on the device. To look at a number makes a
-# GPU finish all its work first. A loss that is not finite ends the training: then every gradient is
-# NaN, and after the next step every weight.
+# Why look at the loss only every 50 steps? To read a number, the CPU has to wait until the GPU has
+# finished, so the sums stay on the device. A loss that is not finite ends the training: then every
+# gradient is NaN, and after the next step every weight.
 #
 # Why is the training accuracy below the test accuracy? It counts images that are varied, with
-# dropout on, while the network is still learning.
+# dropout on, while the network is still learning. The training loss is higher for one more reason:
+# it includes label smoothing, which keeps it above 0.28. The other losses do not.
 #
 # Why the last epoch and not the best one? To pick the epoch with the best test accuracy is to learn
-# from the test set, and the best of 18 noisy numbers flatters.
+# from the test set, and the best of 18 noisy numbers is too high.
 
 def train(args, data, folder=None, checkpoint=None, quiet=False):
     """Train args.model on data.train. Return the network and its history, a dict per epoch.
 
-    With a folder, everything is saved there after each epoch. A checkpoint is one to go on from.
+    With a folder, a checkpoint is saved there before the first epoch and after each one, and the
+    weights at the end. With a checkpoint, the training goes on from it.
     Raises UserError if the network does not fit the data or the loss is no longer finite.
     """
     network = make_network(args, data)
@@ -122,16 +124,19 @@ def train(args, data, folder=None, checkpoint=None, quiet=False):
             total_correct += correct
             seen += len(labels)
             step += 1
-            if step % 50 == 0 or seen == image_count:
-                row = {
-                    "epoch": epoch,
-                    "lr": rate,
-                    "train_loss": float(total_loss) / seen,
-                    "train_accuracy": 100 * float(total_correct) / seen,
-                }
-                require_finite(row["train_loss"], epoch)
+            if step % 50 == 0:
+                mean_loss = float(total_loss) / seen
+                require_finite(mean_loss, epoch)
                 if not quiet:
-                    print_progress(args, row, seen, image_count, started)
+                    print_progress(args, epoch, mean_loss, seen, image_count, started)
+
+        row = {                             # its keys are the columns of log.csv
+            "epoch": epoch,
+            "lr": rate,
+            "train_loss": float(total_loss) / image_count,
+            "train_accuracy": 100 * float(total_correct) / image_count,
+        }
+        require_finite(row["train_loss"], epoch)
 
         for name, part in (("val", data.val), ("test", data.test)):
             if len(part[0]):
@@ -182,13 +187,13 @@ def evaluate(network, images, labels, mean, std) -> tuple[float, float]:
 
 # ---- Optimizers: from a gradient to a step ----------------------------------------------------
 #
-# Weight decay pulls weights towards zero (decay · weight is added to the gradient). In front of
-# batch norm the size of the weights does not change what the network computes, but small weights
+# Weight decay pulls weights towards zero (decay · weight is added to the gradient). In a layer
+# before batch norm the size of the weights does not change what the network computes, but small weights
 # make steps of the same length count for more (van Laarhoven, 2017). The scales and shifts of batch
 # norm, and biases, are spared: a scale that is pulled to zero would switch its channel off.
 #
-# Adam divides by the size of the gradient and SGD does not, so a learning rate of one says nothing
-# about a learning rate of the other. lr_finder.py measures both.
+# Adam divides by the size of the gradient and SGD does not, so a rate that suits one of them
+# tells nothing about the other. lr_finder.py finds a rate for either.
 
 WEIGHT_DECAY = {"sgd": 5e-4, "adam": 0.0, "adamw": 1e-2, "rmsprop": 0.0}
 START_LR = {"sgd": 0.05, "adam": 1e-3, "adamw": 1e-3, "rmsprop": 1e-3}
@@ -207,7 +212,7 @@ def make_optimizer(args, network) -> torch.optim.Optimizer:
 
     if args.opt == "sgd":
         # velocity = momentum * velocity + gradient
-        # weight  -= lr * velocity                              plain momentum
+        # weight  -= lr * velocity                              plain momentum, or
         # weight  -= lr * (gradient + momentum * velocity)      Nesterov's form (Sutskever, 2013)
         nesterov = args.nesterov and beta > 0
         return torch.optim.SGD(groups, args.lr, beta, nesterov=nesterov, fused=True)
@@ -217,9 +222,11 @@ def make_optimizer(args, network) -> torch.optim.Optimizer:
         # weight -= lr * gradient / (sqrt(square) + eps)
         return torch.optim.RMSprop(groups, args.lr, alpha=0.99)
 
-    # mean    = 0.9   * mean   + 0.1   * gradient               (Kingma and Ba, 2015)
-    # square  = 0.999 * square + 0.001 * gradient ** 2          both start at 0; at step t the
-    # mean_   = mean   / (1 - 0.9 ** t)                         division corrects for that
+    # Adam (Kingma and Ba, 2015), with two running averages that start at 0:
+    # mean    = 0.9   * mean   + 0.1   * gradient
+    # square  = 0.999 * square + 0.001 * gradient ** 2
+    # At step t they are still too close to 0, so they are corrected:
+    # mean_   = mean   / (1 - 0.9 ** t)
     # square_ = square / (1 - 0.999 ** t)
     # weight -= lr * mean_ / (sqrt(square_) + eps)
     if args.opt == "adam":
@@ -262,7 +269,7 @@ def learning_rate(args, step: int, total_steps: int, history: list) -> float:
     if args.sched == "plateau":
         return args.lr * 0.5 ** count_plateaus(history)
 
-    lowest = args.lr / 25
+    lowest = args.lr / 25                            # onecycle
     warmup_steps = 0.2 * total_steps
     if step < warmup_steps:
         return lowest + (args.lr - lowest) * (1 - half_cosine(step / warmup_steps))
@@ -275,7 +282,7 @@ def half_cosine(progress: float) -> float:
 
 
 def count_plateaus(history: list, patience=2) -> int:
-    """How often the held-out loss did not reach a new minimum in more than `patience` epochs."""
+    """How many times the held-out loss went more than `patience` epochs without a new minimum."""
     lowest = math.inf
     waiting = 0
     plateaus = 0
@@ -294,7 +301,7 @@ def count_plateaus(history: list, patience=2) -> int:
 # ---- The network and its first check ----------------------------------------------------------
 
 def make_network(args, data) -> nn.Module:
-    """A fresh network on the device of the data. Raises UserError if it cannot learn from them."""
+    """A fresh network on the device of the data. Raises UserError if it cannot learn from this data."""
     torch.manual_seed(args.seed)            # drawn on the CPU: the same weights on any device
     network = build_from(args).to(data.mean.device)
     problem = find_problem(args, network, data)
@@ -351,8 +358,8 @@ def sanity(args, data) -> bool:
     """Check network, data and recipe in a few seconds. Print what is seen, return if all is well.
 
     A fresh network guesses, so its loss is about ln K for K classes. Ten images are few enough to
-    be learned by heart. And 50 steps on new images have to be better than guessing, unless the
-    labels belong to other images. (The checks of the lecture, N4.)
+    be learned by heart. After 50 steps on new images the network has to be better than guessing; if
+    it is not, the labels may belong to other images. (The checks of the lecture, N4.)
     """
     ten = (data.train[0][:10], data.train[1][:10])
     by_heart = changed(args, opt="adam", lr=1e-3, sched="none", weight_decay=0.0, augment="none",
@@ -410,15 +417,15 @@ def without_test(data):
 
 # ---- What is printed --------------------------------------------------------------------------
 
-def print_progress(args, row: dict, seen: int, image_count: int, started: float) -> None:
+def print_progress(args, epoch, loss, seen: int, image_count: int, started: float) -> None:
     """In a terminal or a notebook: one line that is drawn over while an epoch runs."""
     if not can_redraw():
         return
     seconds_per_image = (time.perf_counter() - started) / seen
-    images_left = image_count * (args.epochs - row["epoch"] + 1) - seen
+    images_left = image_count * (args.epochs - epoch + 1) - seen
     minutes, seconds = divmod(round(seconds_per_image * images_left), 60)
-    line = (f"epoch {row['epoch']} of {args.epochs}: {seen:,} images, loss "
-            f"{row['train_loss']:.4f}, {minutes}:{seconds:02d} until the end")
+    line = (f"epoch {epoch} of {args.epochs}: {seen:,} images, loss {loss:.4f}, "
+            f"{minutes}:{seconds:02d} until the end")
     print(line.ljust(79), end="\r", flush=True)     # \r: back to the start of the line
 
 
@@ -504,7 +511,7 @@ def save_run(folder, args, data, network, optimizer, history: list) -> None:
 def save_pt(path: Path, contents: dict) -> None:
     buffer = io.BytesIO()
     torch.save(contents, buffer)
-    save(path, buffer.getvalue())           # digits.save alone writes files
+    save(path, buffer.getvalue())           # whole or not at all: see data.py
 
 
 def read_pt(path: Path) -> dict:
@@ -515,6 +522,7 @@ def read_pt(path: Path) -> dict:
         if zipfile.ZipFile(path).testzip() is not None:
             raise ValueError("a checksum is wrong")
         contents = torch.load(path, map_location="cpu", weights_only=True)
+        # Flags that an older run did not have get their defaults.
         contents["args"] = argparse.Namespace(**(vars(parse_args([])) | contents["args"]))
         build_from(contents["args"]).load_state_dict(contents["network"])
         return contents
@@ -574,7 +582,7 @@ def new_folder(out: Path) -> Path:
 # ---- The command line -------------------------------------------------------------------------
 
 def add_flags(parser) -> None:
-    """The flags that lr_finder.py has as well. The ranges in the comments are the lecture's."""
+    """The flags that train.py and lr_finder.py share. The ranges after "usual:" are the lecture's."""
     add = parser.add_argument
     add("--model", choices=networks.NETWORKS, default="default", help="a network of model.py")
     add("--head", choices=("conv", "linear", "place"), help="last layers of our own networks")
@@ -616,7 +624,7 @@ def make_parser() -> digits.Parser:
 
 
 def parse_args(words=None) -> argparse.Namespace:
-    """The flags, each None filled in that depends on another flag."""
+    """The flags. A flag that was not given and depends on another one is filled in."""
     args = make_parser().parse_args(words)
     if args.lr is None:
         args.lr = PEAK_LR[args.opt] if args.sched == "onecycle" else START_LR[args.opt]
@@ -630,7 +638,7 @@ def parse_args(words=None) -> argparse.Namespace:
 
 
 def resume(args):
-    """(flags, checkpoint) of the run to go on with: its own flags, but for where things are."""
+    """(flags, checkpoint) of the run to go on with: its own flags, except --data-dir and --device."""
     allowed = ("--resume", "--data-dir", "--device")
     for word in sys.argv[1:]:
         if word.startswith("--") and word.split("=")[0] not in allowed:
