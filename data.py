@@ -349,9 +349,13 @@ def draw_digits(count: int, seed: int) -> tuple[Tensor, Tensor]:
     """`count` synthetic digits in Pillow's font, varied, with some noise. No download needed."""
     glyphs = []
     for digit in "0123456789":
+        drawn = Image.new("L", (40, 40))
+        ImageDraw.Draw(drawn).text((5, 5), digit, 255, font(26))
+        glyph = drawn.crop(drawn.getbbox())
+        # The font of an old Pillow is small: make all glyphs 20 pixels high.
+        glyph = glyph.resize((round(20 * glyph.width / glyph.height), 20))
         picture = Image.new("L", (28, 28))
-        draw = ImageDraw.Draw(picture)
-        draw.text((14, 14), digit, 255, font(26), anchor="mm")
+        picture.paste(glyph, ((28 - glyph.width) // 2, 4))
         glyphs.append(torch.from_numpy(np.array(picture)))
     glyphs = torch.stack(glyphs).view(10, 1, 28, 28)
 
