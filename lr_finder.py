@@ -161,7 +161,7 @@ def report_sweep(args, data) -> None:
     path = args.out / "lr_range.png"
     lowest_loss = min(curve)
     first_loss = curve[0]
-    margin = 0.3 * (first_loss - lowest_loss)                  # the explosion may leave the picture
+    margin = 0.3 * (first_loss - lowest_loss)        # the explosion may leave the picture
     chart([{
         "title": title, "x": "learning rate", "y": "training loss", "log_x": True,
         "y_range": (lowest_loss - margin, first_loss + 2 * margin), "marks": marks,

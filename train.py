@@ -181,16 +181,16 @@ def evaluate(network, images, labels, mean, std) -> tuple[float, float]:
     """
     logits = predict(network, images, mean, std)
     loss = F.cross_entropy(logits, labels)
-    accuracy = (logits.argmax(1) == labels).double().mean()
-    return loss.item(), 100 * accuracy.item()
+    correct = (logits.argmax(1) == labels).sum()
+    return loss.item(), 100 * correct.item() / len(labels)
 
 
 # ---- Optimizers: from a gradient to a step ----------------------------------------------------
 #
 # Weight decay pulls weights towards zero (decay · weight is added to the gradient). In a layer
-# before batch norm the size of the weights does not change what the network computes, but small weights
-# make steps of the same length count for more (van Laarhoven, 2017). The scales and shifts of batch
-# norm, and biases, are spared: a scale that is pulled to zero would switch its channel off.
+# before batch norm the size of the weights does not change what the network computes, but if they
+# are small, steps of the same length count for more (van Laarhoven, 2017). The scales and shifts of
+# batch norm, and biases, are spared: a scale that is pulled to zero would switch its channel off.
 #
 # Adam divides by the size of the gradient and SGD does not, so a rate that suits one of them
 # tells nothing about the other. lr_finder.py finds a rate for either.
@@ -301,7 +301,7 @@ def count_plateaus(history: list, patience=2) -> int:
 # ---- The network and its first check ----------------------------------------------------------
 
 def make_network(args, data) -> nn.Module:
-    """A fresh network on the device of the data. Raises UserError if it cannot learn from this data."""
+    """A fresh network on the device of the data. Raises UserError if it cannot learn from it."""
     torch.manual_seed(args.seed)            # drawn on the CPU: the same weights on any device
     network = build_from(args).to(data.mean.device)
     problem = find_problem(args, network, data)
@@ -499,7 +499,7 @@ def save_run(folder, args, data, network, optimizer, history: list) -> None:
     if history:
         save(folder / "log.csv", digits.to_csv(history))
     if len(history) == args.epochs:
-        # All that is needed to use the network elsewhere: see README, "Use the network elsewhere".
+        # All that is needed to use the network without this script: README, "Your own network".
         save_pt(folder / "weights.pt", {
             "args": plain_args,
             "mean": data.mean,
@@ -514,8 +514,8 @@ def save_pt(path: Path, contents: dict) -> None:
     save(path, buffer.getvalue())           # whole or not at all: see data.py
 
 
-def read_pt(path: Path) -> dict:
-    """The contents of a .pt file of this script. Raises UserError for any other."""
+def read_pt(path: Path) -> tuple[dict, nn.Module]:
+    """The contents of a .pt file of this script, and its network. Raises UserError for any other."""
     try:
         # A .pt file is a ZIP archive with a checksum for each part, at which torch.load does not
         # look. weights_only: to load a stranger's file must not run a stranger's code.
@@ -524,8 +524,9 @@ def read_pt(path: Path) -> dict:
         contents = torch.load(path, map_location="cpu", weights_only=True)
         # Flags that an older run did not have get their defaults.
         contents["args"] = argparse.Namespace(**(vars(parse_args([])) | contents["args"]))
-        build_from(contents["args"]).load_state_dict(contents["network"])
-        return contents
+        network = build_from(contents["args"])
+        network.load_state_dict(contents["network"])
+        return contents, network
     except Exception as error:              # whatever a missing, damaged or foreign file can do
         raise UserError(f"{path} is missing, damaged, or not made by this train.py and model.py "
                         f"({reason(error)})")
@@ -543,10 +544,8 @@ class Run(NamedTuple):
 def load_run(folder) -> Run:
     """The run that is saved in a folder such as runs/001. Raises UserError."""
     path = Path(folder) / "weights.pt"
-    contents = read_pt(path)
-    network = build_from(contents["args"])
+    contents, network = read_pt(path)
     try:
-        network.load_state_dict(contents["network"])
         return Run(network.eval(), contents["args"], contents["mean"], contents["std"])
     except KeyError as error:
         raise UserError(f"{path} has no {error}")
@@ -582,7 +581,7 @@ def new_folder(out: Path) -> Path:
 # ---- The command line -------------------------------------------------------------------------
 
 def add_flags(parser) -> None:
-    """The flags that train.py and lr_finder.py share. The ranges after "usual:" are the lecture's."""
+    """The flags that train.py and lr_finder.py share. The ranges after "usual" are the lecture's."""
     add = parser.add_argument
     add("--model", choices=networks.NETWORKS, default="default", help="a network of model.py")
     add("--head", choices=("conv", "linear", "place"), help="last layers of our own networks")
@@ -638,12 +637,12 @@ def parse_args(words=None) -> argparse.Namespace:
 
 
 def resume(args):
-    """(flags, checkpoint) of the run to go on with: its own flags, except --data-dir and --device."""
+    """(flags, checkpoint) of the run to go on with. --data-dir and --device may be new ones."""
     allowed = ("--resume", "--data-dir", "--device")
     for word in sys.argv[1:]:
         if word.startswith("--") and word.split("=")[0] not in allowed:
             raise UserError(f"--resume keeps the settings of the run: leave out {word}")
-    checkpoint = read_pt(args.resume / "checkpoint.pt")
+    checkpoint, _ = read_pt(args.resume / "checkpoint.pt")
     device = args.device
     data_dir = args.data_dir
     args = changed(checkpoint["args"], resume=args.resume, runs=1, device=device)
