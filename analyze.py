@@ -119,7 +119,7 @@ def print_table(table: Tensor) -> None:
     print("\nlabel called" + "".join(f"{k:6}" for k in classes) + "  recall, %")
     for k in classes:
         counts = "".join(f"{count:6}" for count in table[k].tolist())
-        counts = counts.replace("     0", "     .")                  # a dot for 0, so that the errors stand out
+        counts = counts.replace("     0", "     .")      # a dot for 0, so that the errors stand out
         print(f"{k:<12}{counts}{percent(correct[k], labels[k]):>11}")
     precisions = [percent(correct[k], answers[k], 1) for k in classes]
     print("precision, %" + "".join(f"{precision:>6}" for precision in precisions))
@@ -308,8 +308,8 @@ def open_picture(path) -> Tensor:
     Raises UserError.
     """
     try:
-        picture = ImageOps.exif_transpose(Image.open(path))              # a camera stores how it was held
-        if picture.mode[0] in "IF":                                      # 16 or 32 bits
+        picture = ImageOps.exif_transpose(Image.open(path))      # a camera stores how it was held
+        if picture.mode[0] in "IF":                              # 16 or 32 bits
             picture = picture.convert("F")
         else:
             # RGBa is colour times opacity: a colour hidden by full transparency becomes 0.
@@ -750,7 +750,7 @@ def draw_axes(draw, panel, frame):
 
 
 def draw_line(draw, places, colour, thickness):
-    """Draw the line from place to place. A point whose neighbours are unknown is still drawn as a dot."""
+    """Draw the line from point to point. A point whose neighbours are unknown is drawn as a dot."""
     for here, there in zip(places, places[1:]):
         if not np.isnan([here, there]).any():
             draw.line([here, there], colour, thickness)

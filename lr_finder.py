@@ -200,8 +200,9 @@ def given_flags(args) -> str:
 # ---- Trying rates out -------------------------------------------------------------------------
 #
 # A grid or a search compares short trainings on held-out images. The test images are not used:
-# a setting that was chosen on them would look better than it is. Every training starts from the same weights, sees the same
-# batches and ends its OneCycle, so that its last accuracy has little noise.
+# a setting that was chosen on them would look better than it is. Every training starts from the
+# same weights, sees the same batches and ends its OneCycle, so that its last accuracy has little
+# noise.
 
 CLASSIC = ("sgd:1e-1,5e-4", "sgd:1e-2,5e-4", "adam:3e-4,5e-4", "adam:1e-3,0")       # of the lecture
 

@@ -1,8 +1,8 @@
 """The networks, each a list of layers that is read from top to bottom.
 
-What it teaches: how much a network of fewer than 20,000 parameters can do. The project's own network comes after the
-parts that it is built from. Then come the networks of the course notes that this project
-re-implements, built from the same parts, so that they can be compared fairly.
+What it teaches: how much a network of fewer than 20,000 parameters can do. The project's own
+network comes after the parts that it is built from. Then come the networks of the course notes that
+this project re-implements, built from the same parts, so that they can be compared fairly.
 
     block, down_block    convolution, batch norm, activation; down_block also halves the map
     make_head            from the last map to ten scores, in three ways
@@ -195,7 +195,8 @@ def default(head="conv", down="overlap", activation="silu", dropout=0.1) -> nn.S
     - Its channels hardly grow. A 3×3 convolution has 9·in·out weights at any map size: one of 16→24
       and three of 24→24 use up the budget.
     - Dropout sets a tenth of the features to 0 at random, in training only, so that the network
-      does not rely on any single feature (Srivastava et al., 2014). It stands only here, because it takes time.
+      does not rely on any single feature (Srivastava et al., 2014). It stands only here, because it
+      takes time.
     """
     return nn.Sequential(
         down_block(1, 16, down, activation),           # 16×14×14   RF 5          176

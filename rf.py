@@ -364,8 +364,8 @@ def pair(setting) -> tuple[int, int]:
 # ---- Ink: what a unit really sees -------------------------------------------------------------
 #
 # Ink is NaN. A unit that reads it becomes NaN, whatever its weights: 0·NaN is NaN, and so is the
-# maximum of NaN and 5. A bright value would not do: negative
-# weights can cancel it, and a maximum can ignore it.
+# maximum of NaN and 5. A bright value would not do: negative weights can cancel it, and a maximum
+# can ignore it.
 #
 # Rows and columns can be measured separately: one image for each row
 # and one for each column, H + W in all.
