@@ -25,7 +25,7 @@ from data import (Parser, UserError, augment, font, load, normalize, quote, reas
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageColor, ImageDraw, ImageOps
+from PIL import Image, ImageDraw, ImageOps
 from torch import Tensor, nn
 
 from model import count_parameters, input_shape
@@ -39,7 +39,6 @@ def report(name, run, data) -> Tensor:
     images, labels = data.test
     logits = predict(run.network, images, run.mean, run.std)
     answers = logits.argmax(1)
-    second_answers = logits.topk(2).indices[:, 1]
     loss = F.cross_entropy(logits, labels).item()
     total = len(labels)
     correct = (answers == labels).sum().item()
@@ -49,7 +48,6 @@ def report(name, run, data) -> Tensor:
     print(f"{name}: {run.args.model}, {count_parameters(run.network):,} parameters")
     print(f"{data.name} test set: accuracy {correct / total:.2%} (95% interval {low:.2%} to "
           f"{high:.2%}), {total - correct} errors in {total}, loss {loss:.4f}")
-    print(f"second guess: right in {(second_answers == labels).sum()} of the errors")
     print(f"calibration: {confidence:.2%} sure on average, expected calibration error "
           f"{calibration_error:.4f}")
 
@@ -146,18 +144,19 @@ def most_confused(table: Tensor, limit=5) -> list[tuple[int, int, int]]:
 
 # ---- Two networks on the same images ----------------------------------------------------------
 
-def compare(names: list, runs: list, data) -> None:
+def compare(folders: list, data_dir) -> None:
     """Print whether one of two runs is better than the other on the same test images.
 
     Two intervals that overlap do not answer this. Most images are easy or hard for both networks,
     and tell nothing about the difference. Only the images on which one is right do.
     """
+    runs, data = load_runs(folders, data_dir)
     images, labels = data.test
     right = []
-    for name, run in zip(names, runs):
+    for folder, run in zip(folders, runs):
         answers = predict(run.network, images, run.mean, run.std).argmax(1)
         right.append(answers == labels)
-        print(f"{name}: {(answers != labels).sum()} errors in {len(labels)}")
+        print(f"{folder}: {(answers != labels).sum()} errors in {len(labels)}")
     only_first = (right[0] & ~right[1]).sum().item()
     only_second = (right[1] & ~right[0]).sum().item()
     print(f"only the first is right on {only_first} images, only the second on {only_second}")
@@ -180,56 +179,60 @@ def mcnemar(only_a_right: int, only_b_right: int) -> float:
 
 # ---- Label errors -----------------------------------------------------------------------------
 
-Suspect = namedtuple("Suspect", "index label other confidence margin")
+Suspect = namedtuple("Suspect", "index label other margin")
 
 
 def rank_labels(logits: Tensor, labels: Tensor) -> list[Suspect]:
     """Return all N images, the least believed label first, from logits R×N×K of R runs.
 
-    confidence   the probability of the label, averaged over the runs
-    other        the most probable of the other classes
-    margin       confidence less the probability of `other`. At 1 all runs are certain of the
-                 label, below 0 it is an error, at -1 all runs are certain that the label is
-                 wrong (Northcutt, Jiang, Chuang, 2021).
-    Each run has one vote: probabilities are averaged, not logits, which may be of any size.
+    other     the most probable of the other classes
+    margin    probability of the label less that of `other`, averaged over the runs. At 1 all runs
+              are certain of the label, below 0 it is an error, at -1 all runs are certain that the
+              label is wrong (Northcutt, Jiang, Chuang, 2021).
     """
+    # Each run has one vote: probabilities are averaged, not logits, which may be of any size.
     probabilities = logits.softmax(2).mean(0)                                           # N×K
     column = labels[:, None]                                                            # N×1
-    confidence = probabilities.gather(1, column)[:, 0]
+    of_label = probabilities.gather(1, column)[:, 0]
     others = probabilities.scatter(1, column, -1.0)                      # never choose the label
-    other_confidence, other = others.max(1)
-    margin = confidence - other_confidence
+    of_other, other = others.max(1)
+    margin = of_label - of_other
 
     found = []
     for i in margin.argsort().tolist():
-        found.append(Suspect(i, labels[i].item(), other[i].item(), confidence[i].item(),
-                             margin[i].item()))
+        found.append(Suspect(i, labels[i].item(), other[i].item(), margin[i].item()))
     return found
 
 
-def report_suspects(runs: list, data, out: Path) -> None:
+def report_suspects(folders: list, data_dir) -> None:
     """Print the 20 least believed test labels of one or several runs, and draw 48 of them.
 
     This is no proof: runs of one recipe make the same mistakes, and an odd digit with a right
     label looks the same here. People found 15 of MNIST's 10,000 test labels to be wrong
     (Northcutt, Athalye, Mueller, 2021). With four runs, all 15 were among the first 100 here.
     """
+    runs, data = load_runs(folders, data_dir)
     images, labels = data.test
     logits = [predict(run.network, images, run.mean, run.std) for run in runs]
     found = rank_labels(torch.stack(logits), labels)
     for suspect in found[:20]:
-        print(f"#{suspect.index:<5} label {suspect.label}, or {suspect.other}?  confidence "
-              f"{suspect.confidence:.4f}, margin {suspect.margin:+.3f}")
-    draw_suspects(found, images, out / "suspects.png")
+        print(f"#{suspect.index:<5} label {suspect.label}, or {suspect.other}?  margin "
+              f"{suspect.margin:+.3f}")
+    path = folders[0] / "analysis/suspects.png"
+    draw_suspects(found, images, path)
+    print(f"\ndrawn: {quote(path)}")
 
 
 def draw_suspects(found: list[Suspect], images: Tensor, path) -> None:
-    tiles, captions = [], []
-    for suspect in found[:48]:
-        tiles.append(tile(images[suspect.index]))
-        captions.append(f"#{suspect.index}  {suspect.margin:+.2f}\n"
-                        f"label {suspect.label}, or {suspect.other}?")
-    gallery(tiles, captions, path,
+    """Draw the first 48, eight in a row."""
+    rows = []
+    for start in range(0, 48, 8):
+        row = []
+        for suspect in found[start:start + 8]:
+            row.append((tile(images[suspect.index]), f"#{suspect.index}  {suspect.margin:+.2f}\n"
+                        f"label {suspect.label}, or {suspect.other}?"))
+        rows.append(row)
+    gallery(rows, path,
             title="The least believed labels: #index, margin (below 0: an error, -1: a sure one)")
 
 
@@ -322,8 +325,9 @@ def open_picture(path) -> Tensor:
     return pixels / pixels.abs().max().clamp(min=1e-9)
 
 
-def report_image(path: Path, run, out: Path) -> None:
-    """Print what the network is shown and the probability of each digit."""
+def report_image(path: Path, folder: Path) -> None:
+    """Print what the network of a run is shown and the probability of each digit."""
+    run = load_run(folder)
     if input_shape(run.args.model) != (1, 28, 28):
         raise UserError(f"--image: the network {run.args.model!r} reads no grey images of 28x28")
     image = prepare(open_picture(path))
@@ -333,7 +337,7 @@ def report_image(path: Path, run, out: Path) -> None:
     probabilities = predict(run.network, image, run.mean, run.std)[0].softmax(0)
     for digit, probability in enumerate(probabilities.tolist()):
         print(f"{digit}  {probability:7.2%}")
-    draw_evidence(run, image, out / "image.png")
+    draw_evidence(run, image, folder / "analysis/image.png")
 
 
 # ---- Inside the network -----------------------------------------------------------------------
@@ -362,26 +366,24 @@ def evidence_maps(network, inputs: Tensor) -> Tensor | None:
 
 def draw_evidence(run, images: Tensor, path) -> None:
     """Draw one row per image: the image, then the evidence map of each class and its sum."""
-    maps = evidence_maps(run.network, normalize(images, run.mean, run.std))
-    if maps is None:
+    all_maps = evidence_maps(run.network, normalize(images, run.mean, run.std))
+    if all_maps is None:
         print(f"no evidence maps: {run.args.model} does not end in global average pooling")
         return
-    tiles, captions = [], []
-    for image, maps_of_image in zip(images, maps):
-        tiles.append(tile(image))
-        captions.append("")
-        limit = maps_of_image.abs().max()            # one scale for all classes
-        for k, evidence in enumerate(maps_of_image):
-            tiles.append(heat(evidence, limit))
-            captions.append(f"{k}: {evidence.sum():+.1f}")
-    gallery(tiles, captions, path, columns=1 + maps.shape[1], zoom=2,
-            title="Evidence for each class (red) and against it (blue)\n"
-                  "The number is the sum of the map: the logit of the class")
+    rows = []
+    for image, maps in zip(images, all_maps):
+        row = [(tile(image), "")]
+        limit = maps.abs().max()                     # one scale for all classes
+        for k, evidence in enumerate(maps):
+            row.append((heat(evidence, limit), f"{k}: {evidence.sum():+.1f}"))
+        rows.append(row)
+    gallery(rows, path, zoom=2, title="Evidence for each class (red) and against it (blue)\n"
+            "The number is the sum of the map: the logit of the class")
 
 
 @torch.no_grad()
 def draw_filters(run, image: Tensor, path) -> None:
-    """Draw the filters of the first layer, and the maps of one image C×H×W after each layer.
+    """Draw filters of the first layer, and the maps of one image C×H×W after each layer.
 
     The first filters find edges of some direction, or spots. Each layer combines the maps of the
     layer before it. The later the layer, the less its maps look like the image.
@@ -391,14 +393,8 @@ def draw_filters(run, image: Tensor, path) -> None:
         print(f"no picture of filters: {run.args.model} is no nn.Sequential with convolutions")
         return
     filters = convolutions[0].weight.mean(1)         # C×H×W: the mean over the image's channels
-    tiles = [heat(values, filters.abs().max()) for values in filters[:16]]
-    title = f"filters of the first layer: {len(tiles)} of {len(filters)}"
-    captions = [title] + [""] * (len(tiles) - 1)
-    add_blanks(tiles, captions)
-
-    tiles.append(tile(image))
-    captions.append("the image")
-    add_blanks(tiles, captions)
+    rows = [heat_row(filters, f"filters of the first layer: 8 of {len(filters)}"),
+            [(tile(image), "the image")]]
 
     maps = normalize(image[None], run.mean, run.std)
     for number, layer in enumerate(run.network, start=1):
@@ -408,83 +404,51 @@ def draw_filters(run, image: Tensor, path) -> None:
         if isinstance(layer, nn.Dropout):
             continue                                 # off: it changes nothing here
         channels, height, width = maps.shape[1:]
-        shown = maps[0, :8]
-        tiles += [heat(values, shown.abs().max()) for values in shown]
-        text = f"after layer {number}: {len(shown)} of {channels} maps, {height}x{width}"
-        captions += [text] + [""] * (len(shown) - 1)
-        add_blanks(tiles, captions)
-    gallery(tiles, captions, path, columns=8, zoom=3,
+        rows.append(heat_row(maps[0], f"after layer {number}: 8 of {channels} maps, "
+                                      f"{height}x{width}"))
+    gallery(rows, path, zoom=3,
             title="The first filters, and one image on its way through the network\n"
                   "White is 0, red is positive, blue is negative")
 
 
-def add_blanks(tiles: list, captions: list, columns=8) -> None:
-    """Fill the last row of a gallery with white pictures."""
-    while len(tiles) % columns:
-        tiles.append(Image.new("RGB", (1, 1), "white"))
-        captions.append("")
-
-
-def draw_confusion(table: Tensor, path) -> None:
-    """Draw the errors of the confusion table: a row for each label, a column for each answer.
-
-    The colour grows with log(1 + count). Otherwise 1 would look like 0 beside a count of 30.
-    """
-    strength = table.float().log1p()
-    limit = (strength - strength.diag().diag()).max()                    # of the errors only
-    tiles, captions = [], []
-    for label in range(len(table)):
-        for answer in range(len(table)):
-            count = table[label, answer]
-            value = strength[label, answer]
-            caption = ""
-            if label == answer:
-                value = torch.tensor(0.0)
-                caption = f"{label}"
-            elif count > 0:
-                caption = f"{label} as {answer}: {count}"
-            tiles.append(heat(value.view(1, 1), limit))
-            captions.append(caption)
-    gallery(tiles, captions, path, columns=len(table), zoom=56)
+def heat_row(maps: Tensor, caption: str) -> list:
+    """Return the first 8 of some maps C×H×W as a row for `gallery`, all on one scale."""
+    shown = maps[:8]
+    row = [(heat(values, shown.abs().max()), "") for values in shown]
+    first_picture, _ = row[0]
+    row[0] = (first_picture, caption)
+    return row
 
 
 def draw_augmented(image: Tensor, path) -> None:
     """Draw one image C×H×W as it is, then seven times as each recipe varies it."""
     torch.manual_seed(0)                             # the same picture each time
-    tiles, captions = [], []
+    rows = []
     for recipe in ("default", "n1", "n2", "n3"):
-        varied = augment(image.repeat(7, 1, 1, 1), recipe)
-        tiles.append(tile(image))
-        captions.append(f"original, then --augment {recipe}")
-        for variation in varied:
-            tiles.append(tile(255 * variation))
-            captions.append("")
-    gallery(tiles, captions, path, columns=8, zoom=3)
+        row = [(tile(image), f"original, then --augment {recipe}")]
+        for variation in augment(image.repeat(7, 1, 1, 1), recipe):
+            row.append((tile(255 * variation), ""))
+        rows.append(row)
+    gallery(rows, path, zoom=3)
 
 
 # ---- Curves -----------------------------------------------------------------------------------
 
 def curves(history: list[dict], path) -> None:
-    """Draw loss and accuracy after each epoch, on training and on test images.
+    """Draw loss and accuracy after each epoch, on training, held-out and test images.
 
     `history` has a dict per epoch, as train.py returns it and read_log reads it.
     """
+    epochs = [row["epoch"] for row in history]
     panels = []
     for quantity, unit in (("loss", "mean per image"), ("accuracy", "% of the images")):
-        panels.append(curve_panel(history, f"Training {quantity}", unit, {
-            "training": f"train_{quantity}"}))
-        panels.append(curve_panel(history, f"Test {quantity}", unit, {
-            "held-out": f"val_{quantity}", "test": f"test_{quantity}"}))
+        lines = {}
+        for name, images in (("train", "training"), ("val", "held-out"), ("test", "test")):
+            column = f"{name}_{quantity}"
+            if column in history[0]:
+                lines[images] = (epochs, [row[column] for row in history])
+        panels.append({"title": quantity, "x_title": "epoch", "y_title": unit, "lines": lines})
     chart(panels, path)
-
-
-def curve_panel(history: list[dict], title: str, unit: str, columns: dict) -> dict:
-    epochs = [row["epoch"] for row in history]
-    lines = {}
-    for name, column in columns.items():
-        if column in history[0]:
-            lines[name] = (epochs, [row[column] for row in history])
-    return {"title": title, "x": "epoch", "y": unit, "lines": lines}
 
 
 def read_log(path) -> list[dict]:
@@ -503,7 +467,7 @@ def read_log(path) -> list[dict]:
 
 # ---- Drawing: a sheet of small pictures -------------------------------------------------------
 
-INK, GREY, PALE = "#222222", "#6b6b6b", "#e3e3e3"
+BLACK, GREY, PALE, PALE_BLUE = "#222222", "#6b6b6b", "#e3e3e3", "#c7dbec"
 RED = torch.tensor([178.0, 24.0, 43.0])[:, None, None]                                  # 3×1×1
 BLUE = torch.tensor([33.0, 102.0, 172.0])[:, None, None]
 
@@ -516,44 +480,36 @@ def tile(image):
     return Image.fromarray(pixels.numpy())
 
 
-def heat(values, limit=None):
-    """Return numbers H×W as a picture, one pixel each: zero is white, more is red, less is blue.
-
-    The colour is full at `limit` and at -limit. Without a limit it is full at the largest number.
-    """
-    values = values.detach().cpu().float().nan_to_num()
-    if limit is None:
-        limit = values.abs().max()
-    strength = (values / max(float(limit), 1e-12)).clamp(-1, 1)                         # H×W
+def heat(values, limit):
+    """Return numbers H×W as a picture: zero is white, `limit` full red, -limit full blue."""
+    strength = (values.detach().cpu() / limit.clamp(min=1e-12)).clamp(-1, 1)            # H×W
     colour = torch.where(strength > 0, RED, BLUE)                                       # 3×H×W
     return tile(255 + strength.abs() * (colour - 255))
 
 
-def gallery(tiles, captions, path, columns=8, zoom=4, title=""):
-    """Draw pictures in rows into one PNG, below each its caption of one line or more.
+def gallery(rows, path, zoom=4, title=""):
+    """Draw rows of pairs (picture, caption) into one PNG. A caption stands below its picture.
 
-    All pictures get the same size: `zoom` times that of the largest. At least one is needed.
+    All pictures get the same size: `zoom` times that of the largest.
     """
-    width = zoom * max(picture.width for picture in tiles)
-    height = zoom * max(picture.height for picture in tiles)
-    caption_lines = max(len(caption.splitlines()) for caption in captions)
+    pairs = sum(rows, [])
+    width = zoom * max(picture.width for picture, _ in pairs)
+    height = zoom * max(picture.height for picture, _ in pairs)
+    caption_lines = max(len(caption.splitlines()) for _, caption in pairs)
     column_width = width + 16
     row_height = height + 16 + 19 * caption_lines
-    title_lines = title.splitlines()
-    top = 16 + 24 * len(title_lines)
+    top = 16 + 24 * len(title.splitlines())
 
-    title_width = max([text_width(line, 18) for line in title_lines], default=0)
-    sheet_width = 16 + max(columns * column_width, title_width + 16)
-    rows = math.ceil(len(tiles) / columns)
-    sheet = Image.new("RGB", (sheet_width, top + rows * row_height), "white")
+    most = max(len(row) for row in rows)
+    sheet = Image.new("RGB", (16 + most * column_width, top + len(rows) * row_height), "white")
     draw = ImageDraw.Draw(sheet)
-    draw.text((16, 10), title, INK, font(18))
-
-    for i, (picture, caption) in enumerate(zip(tiles, captions)):
-        x = 16 + column_width * (i % columns)
-        y = top + row_height * (i // columns)
-        sheet.paste(picture.resize((width, height), Image.NEAREST), (x, y))
-        draw.text((x, y + height + 4), caption, INK, font(15))
+    draw.text((16, 10), title, BLACK, font(18))
+    for i, row in enumerate(rows):
+        y = top + i * row_height
+        for j, (picture, caption) in enumerate(row):
+            x = 16 + j * column_width
+            sheet.paste(picture.resize((width, height), Image.NEAREST), (x, y))
+            draw.text((x, y + height + 4), caption, BLACK, font(15))
     save_png(sheet, path)
 
 
@@ -563,246 +519,152 @@ def save_png(picture, path):
     save(path, content.getvalue())
 
 
-def text_width(text, size):
-    return math.ceil(font(size).getlength(text))
-
-
 # ---- Drawing: line charts ---------------------------------------------------------------------
 
 COLOURS = ("#1f6fb4", "#d9622b", "#2e8b57", "#8e44ad", "#b8860b", "#008b8b", "#c2185b", "#555555")
 
-# Where the axes lie in the picture, in pixels, and the values at their ends. On a logarithmic
-# axis these are logarithms.
-Frame = namedtuple("Frame", "left right top bottom x_low x_high y_low y_high log_x log_y")
+# Values from low to high lie at the pixels from first to last. On a logarithmic axis low and high
+# are powers of ten. If all values are whole numbers, such as epochs, so are the ticks.
+Axis = namedtuple("Axis", "low high first last log whole")
 
 
-def chart(panels, path, columns=2):
-    """Draw line charts into one PNG. Panels are 600 pixels wide, in a single column 900.
+def chart(panels, path):
+    """Draw line charts, one below the other, into one PNG. A panel is a dict:
 
-        {"title": "Loss", "x": "epoch", "y": "mean loss", "lines": {"train": (xs, ys), ...}}
-
-    A panel may also have
-        "bands": {name: (xs, lows, highs)}     a shaded area, in the colour of the first line
+        "title", "x_title", "y_title"
+        "lines": {name: (xs, ys)}
+        "band": (name, xs, lows, highs)        a shaded area behind the lines
         "marks": {name: x}                     vertical lines, three at most
-        "log_x": True, "log_y": True           a logarithmic axis
-        "y_range": (low, high)                 otherwise the axis fits the data
+        "log_x": True                          a logarithmic x axis
+        "y_range": (low, high)                 otherwise the axis fits what is drawn
     NaN, infinite values and values off the axes leave a gap.
     """
-    width, height = 600, 420
-    if columns == 1:
-        width = 900
-    rows = math.ceil(len(panels) / columns)
-    sheet = Image.new("RGB", (columns * width, rows * height), "white")
+    sheet = Image.new("RGB", (800, 420 * len(panels)), "white")
     for i, panel in enumerate(panels):
-        corner = (width * (i % columns), height * (i // columns))
-        sheet.paste(draw_panel(panel, width, height), corner)
+        sheet.paste(draw_panel(**panel), (0, 420 * i))
     save_png(sheet, path)
 
 
-def draw_panel(panel, width, height):
-    """Return one panel as a picture. It is drawn twice as large and halved, for smooth lines."""
-    image = Image.new("RGB", (2 * width, 2 * height), "white")
+def draw_panel(title, x_title, y_title, lines, band=None, marks={}, log_x=False, y_range=None):
+    """Return one chart as a picture. It is drawn twice as large and halved, for smooth lines."""
+    image = Image.new("RGB", (1600, 840), "white")
     draw = ImageDraw.Draw(image)
-    lines = panel["lines"]
-    bands = panel.get("bands", {})
-    names = list(bands) + list(lines)
-    legend_width = 80 + max([text_width(name, 28) for name in names], default=0)
-    right = max(width, 2 * width - legend_width)              # the axes get half of it at least
-    frame = make_frame(panel, 130, right, 110, 2 * height - 110)
-    draw_axes(draw, panel, frame)
+    all_xs = []
+    all_ys = []
+    for xs, ys in lines.values():
+        all_xs += list(xs)
+        all_ys += list(ys)
+    if band:
+        band_name, band_xs, lows, highs = band
+        all_ys += list(lows) + list(highs)
+    x_axis = make_axis(all_xs, 130, 1280, log_x)
+    y_axis = make_axis(y_range or all_ys, 730, 110)      # pixels are counted downwards
+    draw_axes(draw, x_axis, y_axis)
+    draw.text((32, 16), title, BLACK, font(34))
+    draw.text((32, 66), y_title, GREY, font(28))
+    draw.text((705, 784), x_title, GREY, font(28), anchor="ma")
 
-    # Lines may coincide. The first is drawn as the thickest, so the later ones do not hide it.
     legend = []
-    for i, (name, (xs, lows, highs)) in enumerate(bands.items()):
-        colour = paler(COLOURS[i % len(COLOURS)])
-        draw_band(draw, points(frame, xs, lows), points(frame, xs, highs), colour)
-        legend.append((name, colour, 24))
+    if band:
+        lower_edge = list(zip(position(x_axis, band_xs), position(y_axis, lows)))
+        upper_edge = list(zip(position(x_axis, band_xs), position(y_axis, highs)))
+        draw.polygon(lower_edge + upper_edge[::-1], PALE_BLUE)
+        legend.append((band_name, PALE_BLUE, 24))
+    # Lines may coincide. The first is drawn as the thickest, so the later ones do not hide it.
     for i, (name, (xs, ys)) in enumerate(lines.items()):
         colour = COLOURS[i % len(COLOURS)]
         thickness = 4 + 3 * min(len(lines) - 1 - i, 4)
-        draw_line(draw, points(frame, xs, ys), colour, thickness)
+        draw_line(draw, position(x_axis, xs), position(y_axis, ys), colour, thickness)
         legend.append((name, colour, thickness))
 
     for i, (name, colour, thickness) in enumerate(legend):
-        y = frame.top + 16 + 44 * i
-        draw.line((right + 20, y, right + 56, y), colour, thickness)
-        write(draw, right + 68, y - 16, name, INK, 28)
-    for i, (name, x) in enumerate(panel.get("marks", {}).items()):
-        draw_mark(draw, frame, x, name, frame.top + 8 + 44 * i)
+        y = 126 + 44 * i
+        draw.line((1300, y, 1336, y), colour, thickness)
+        draw.text((1348, y), name, BLACK, font(28), anchor="lm")
+    for i, (name, value) in enumerate(marks.items()):
+        x = position(x_axis, value)
+        draw.line((x, 110, x, 730), BLACK, 3)
+        draw.text((x - 12, 118 + 44 * i), name, BLACK, font(28), anchor="ra")
     return image.reduce(2)
 
 
-def make_frame(panel, left, right, top, bottom):
-    """Return a frame that fits all values of the panel, or its "y_range" if it has one."""
-    log_x = panel.get("log_x", False)
-    log_y = panel.get("log_y", False)
-    all_xs = [list(panel.get("marks", {}).values())]
-    all_ys = []
-    for xs, ys in panel["lines"].values():
-        all_xs.append(xs)
-        all_ys.append(ys)
-    for xs, lows, highs in panel.get("bands", {}).values():
-        all_xs.append(xs)
-        all_ys += [lows, highs]
-
-    x_low, x_high = limits(all_xs, log_x)
-    y_low, y_high = limits(all_ys, log_y)
-    room = (y_high - y_low) / 20
-    y_low, y_high = y_low - room, y_high + room
-    if "y_range" in panel:
-        y_low, y_high = limits([panel["y_range"]], log_y)
-    return Frame(left, right, top, bottom, x_low, x_high, y_low, y_high, log_x, log_y)
+def draw_axes(draw, x_axis, y_axis):
+    """Draw the grid and its numbers."""
+    for value in ticks(x_axis):
+        x = position(x_axis, value)
+        draw.line((x, y_axis.first, x, y_axis.last), PALE, 2)
+        draw.text((x, y_axis.first + 12), f"{value:.6g}", GREY, font(28), anchor="ma")
+    for value in ticks(y_axis):
+        y = position(y_axis, value)
+        draw.line((x_axis.first, y, x_axis.last, y), PALE, 2)
+        draw.text((x_axis.first - 14, y), f"{value:.6g}", GREY, font(28), anchor="rm")
 
 
-def to_axis(values, log=False):
-    """Return values as an axis counts them, on a logarithmic axis in powers of ten.
+def make_axis(values, first, last, log=False):
+    """Return an axis from the lowest to the highest of these values, with a little room."""
+    values = scaled(values, log)
+    values = values[np.isfinite(values)]
+    if len(values) == 0:
+        values = np.array([0.0, 1.0])
+    low, high = values.min(), values.max()
+    room = max((high - low) / 40, abs(high) / 1000, 1e-6)
+    whole = bool((values == values.round()).all())
+    return Axis(low - room, high + room, first, last, log, whole)
 
-    What an axis cannot show becomes NaN: infinity and, on a logarithmic axis, all below 1e-100.
-    """
+
+def scaled(values, log):
+    """Return values as an array, on a logarithmic axis in powers of ten."""
     values = np.array(values, dtype=float)
-    known = np.abs(values) < 1e100
     if log:
-        known = known & (values > 1e-100)
-    values = np.where(known, values, np.nan)
-    if log:
-        values = np.log10(values)
+        with np.errstate(all="ignore"):              # log(0) is -inf, which leaves a gap
+            values = np.log10(values)
     return values
 
 
-def limits(lists, log=False):
-    """Return the lowest and the highest of all values. Some room is around a single value."""
-    values = []
-    for numbers in lists:
-        values.extend(to_axis(numbers, log))
-    values = [value for value in values if math.isfinite(value)]
-    if len(values) == 0:
-        return 0.0, 1.0
-    low, high = min(values), max(values)
-    size = max(abs(low), abs(high))
-    if high - low <= 1e-9 * max(size, 1):
-        room = max(size / 100, 1e-3)
-        return low - room, high + room
-    return low, high
+def position(axis, values):
+    """Return at which pixels values lie. NaN if they are off the axis."""
+    values = scaled(values, axis.log)
+    values = np.where((values >= axis.low) & (values <= axis.high), values, np.nan)
+    share = (values - axis.low) / (axis.high - axis.low)
+    return axis.first + share * (axis.last - axis.first)
 
 
-def ticks(low, high, most=8):
-    """Return the round numbers from low to high: multiples of 1, 2 or 5 times a power of ten."""
-    smallest_step = (high - low) / most
+def ticks(axis):
+    """Return the round numbers on an axis: powers of ten if it is logarithmic, otherwise multiples
+    of 1, 2 or 5 times a power of ten, nine at most."""
+    if axis.log:
+        return [10.0 ** power for power in range(math.ceil(axis.low), math.floor(axis.high) + 1)]
+    smallest_step = (axis.high - axis.low) / 8
+    if axis.whole:
+        smallest_step = max(smallest_step, 1)
     power = 10.0 ** math.floor(math.log10(smallest_step))
     for factor in (1, 2, 5, 10):
         step = factor * power
         if step >= smallest_step:
             break
-    first, last = math.ceil(low / step), math.floor(high / step)
-    return [step * i for i in range(first, last + 1)]
+    return [step * i for i in range(math.ceil(axis.low / step), math.floor(axis.high / step) + 1)]
 
 
-def axis_ticks(low, high, log):
-    """Return pairs (value on the axis, label)."""
-    if not log:
-        return [(value, f"{value:.6g}") for value in ticks(low, high)]
-    if high - low > 3:                               # more than a factor of 1,000: powers of ten
-        powers = [power for power in ticks(low, high) if power == round(power)]
-        return [(power, f"{10 ** power:.3g}") for power in powers]
-    pairs = []
-    for power in range(math.floor(low), math.ceil(high) + 1):
-        for digit in (1, 2, 5):
-            value = digit * 10.0 ** power
-            pairs.append((math.log10(value), f"{value:.3g}"))
-    return [pair for pair in pairs if low <= pair[0] <= high]
-
-
-def x_pixel(frame, value):
-    """Return where a value on the x axis lies in the picture. NaN stays NaN."""
-    share = (value - frame.x_low) / (frame.x_high - frame.x_low)
-    return frame.left + share * (frame.right - frame.left)
-
-
-def y_pixel(frame, value):
-    """Return where a value on the y axis lies in the picture. Pixels are counted downwards."""
-    share = (value - frame.y_low) / (frame.y_high - frame.y_low)
-    return frame.bottom - share * (frame.bottom - frame.top)
-
-
-def points(frame, xs, ys):
-    """Return the places (x, y) of points in the picture. y is NaN where it is off the axis."""
-    xs = to_axis(xs, frame.log_x)
-    ys = to_axis(ys, frame.log_y)
-    ys = np.where((ys < frame.y_low) | (ys > frame.y_high), np.nan, ys)
-    return list(zip(x_pixel(frame, xs), y_pixel(frame, ys)))
-
-
-def draw_axes(draw, panel, frame):
-    """Draw the grid, its numbers, and the titles of the panel and of its axes."""
-    for value, label in axis_ticks(frame.x_low, frame.x_high, frame.log_x):
-        if panel["x"] == "epoch" and value != round(value):
-            continue                                 # there is no epoch 1.5
-        x = x_pixel(frame, value)
-        draw.line((x, frame.top, x, frame.bottom), PALE, 2)
-        write(draw, x, frame.bottom + 12, label, GREY, 28, "middle")
-    for value, label in axis_ticks(frame.y_low, frame.y_high, frame.log_y):
-        y = y_pixel(frame, value)
-        draw.line((frame.left, y, frame.right, y), PALE, 2)
-        write(draw, frame.left - 14, y - 18, label, GREY, 28, "right")
-    write(draw, 32, 16, panel["title"], INK, 34)
-    write(draw, 32, 66, panel["y"], GREY, 28)
-    write(draw, (frame.left + frame.right) / 2, frame.bottom + 54, panel["x"], GREY, 28, "middle")
-
-
-def draw_line(draw, places, colour, thickness):
-    """Draw the line from point to point. A point whose neighbours are unknown is drawn as a dot."""
-    for here, there in zip(places, places[1:]):
-        if not np.isnan([here, there]).any():
-            draw.line([here, there], colour, thickness)
+def draw_line(draw, xs, ys, colour, thickness):
+    """Draw a line from point to point, with gaps where a coordinate is NaN."""
+    points = list(zip(xs, ys))
+    for start, end in zip(points, points[1:]):
+        if np.isfinite([start, end]).all():
+            draw.line([start, end], colour, thickness)
     radius = thickness / 2
-    if len(places) <= 40:
+    if len(points) <= 40:
         radius += 2                                  # few points: mark each
-    for x, y in places:
-        if not np.isnan([x, y]).any():
+    for x, y in points:
+        if np.isfinite([x, y]).all():
             draw.ellipse((x - radius, y - radius, x + radius, y + radius), colour)
-
-
-def draw_band(draw, lows, highs, colour):
-    """Shade the area between two lines."""
-    for i in range(1, len(lows)):
-        corners = [lows[i - 1], lows[i], highs[i], highs[i - 1]]
-        if not np.isnan(corners).any():
-            draw.polygon(corners, colour)
-
-
-def draw_mark(draw, frame, x, name, label_top):
-    """Draw a vertical line and its name beside it, on the side where there is more room."""
-    x = x_pixel(frame, to_axis(x, frame.log_x))
-    if np.isnan(x):
-        return
-    draw.line((x, frame.top, x, frame.bottom), INK, 3)
-    width = text_width(name, 28)
-    left = x + 6
-    if x > (frame.left + frame.right) / 2:
-        left = x - 14 - width
-    draw.rectangle((left, label_top, left + width + 8, label_top + 36), "white")
-    write(draw, left + 4, label_top, name, INK, 28)
-
-
-def write(draw, x, y, text, colour, size, align="left"):
-    """Write a line of text. x is its left end, its middle or its right end."""
-    if align == "middle":
-        x -= text_width(text, size) / 2
-    if align == "right":
-        x -= text_width(text, size)
-    draw.text((x, y), text, colour, font(size))
-
-
-def paler(colour):
-    """Return a colour mixed with three parts of white."""
-    return tuple(255 - (255 - part) // 4 for part in ImageColor.getrgb(colour))
 
 
 # ---- The command line -------------------------------------------------------------------------
 
-def report_run(folder: Path, data_dir, out: Path) -> None:
+def report_run(folder: Path, data_dir) -> None:
     """Print the report of a run and draw all its pictures; only the curves if it still trains."""
     log, weights = folder / "log.csv", folder / "weights.pt"
+    out = folder / "analysis"
     if not log.exists() and not weights.exists():
         raise UserError(f"{folder} has no log.csv and no weights.pt: it is no run of train.py, or "
                         f"its first epoch is not finished")
@@ -812,35 +674,28 @@ def report_run(folder: Path, data_dir, out: Path) -> None:
         print(f"{folder} is not finished: only {quote(out / 'curves.png')} is drawn so far")
         return
 
-    run = load_run(folder)
-    data = load_data(run, data_dir)
+    runs, data = load_runs([folder], data_dir)
     images, labels = data.test
-    logits = report(folder, run, data)
+    logits = report(folder, runs[0], data)
     print()
     found = rank_labels(logits[None], labels)
     draw_suspects(found, images, out / "failures.png")
-    draw_confusion(confusion_table(labels, logits.argmax(1), data.classes), out / "confusion.png")
     draw_augmented(data.train[0][0], out / "augmented.png")
     worst = [suspect.index for suspect in found[:4]]
-    draw_evidence(run, images[[0, 1, 2, 3] + worst], out / "features.png")
-    draw_filters(run, images[0], out / "filters.png")
+    draw_evidence(runs[0], images[[0, 1, 2, 3] + worst], out / "features.png")
+    draw_filters(runs[0], images[0], out / "filters.png")
     print(f"drawn in {quote(out)}")
 
 
-def load_data(run, data_dir):
-    """Load the data of a run from data_dir, or without one from where the run found them."""
-    if data_dir is None:
-        data_dir = run.args.data_dir
-    return load(run.args.data, data_dir)
-
-
-def load_runs(folders: list) -> list:
-    """Load several runs. Raises UserError if they were not trained on the same data."""
+def load_runs(folders: list, data_dir) -> tuple:
+    """Load runs, and the data that they were trained on, from data_dir or from where it was then.
+    Raises UserError if the runs were trained on different data."""
     runs = [load_run(folder) for folder in folders]
+    first = runs[0].args
     for run in runs:
-        if run.args.data != runs[0].args.data:
+        if run.args.data != first.data:
             raise UserError("these runs were trained on different data")
-    return runs
+    return runs, load(first.data, data_dir or first.data_dir)
 
 
 def last_run() -> Path:
@@ -853,43 +708,25 @@ def last_run() -> Path:
 
 def main() -> None:
     parser = Parser(prog="analyze.py", description="What a trained network gets wrong, and why.")
-    parser.add_argument("--run", type=user_path, metavar="FOLDER", help="none: the last run")
-    task = parser.add_mutually_exclusive_group()
-    task.add_argument("--compare", type=user_path, nargs=2, metavar="FOLDER",
-                      help="two runs: is one better?")
-    task.add_argument("--suspects", type=user_path, nargs="+", metavar="FOLDER",
-                      help="one or more runs: which test labels may be wrong?")
-    task.add_argument("--image", type=user_path, metavar="FILE",
-                      help="a picture of one digit: what is it?")
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument("--run", type=user_path, metavar="FOLDER", help="none: the last run")
+    which.add_argument("--compare", type=user_path, nargs=2, metavar="FOLDER",
+                       help="two runs: is one better?")
+    which.add_argument("--suspects", type=user_path, nargs="+", metavar="FOLDER",
+                       help="one or more runs: which test labels may be wrong?")
+    parser.add_argument("--image", type=user_path, metavar="FILE",
+                        help="a picture of one digit: what does the run read?")
     parser.add_argument("--data-dir", type=user_path, help="none: where the run found its data")
-    parser.add_argument("--out", type=user_path, metavar="FOLDER", help="none: FOLDER/analysis")
     args = parser.parse_args()
 
-    if args.run and (args.compare or args.suspects):
-        raise UserError("--run: --compare and --suspects name their runs themselves")
     if args.compare:
-        folders = args.compare
+        compare(args.compare, args.data_dir)
     elif args.suspects:
-        folders = args.suspects
-    elif args.run:
-        folders = [args.run]
-    else:
-        folders = [last_run()]
-    out = args.out
-    if out is None:
-        out = folders[0] / "analysis"
-
-    if args.compare:
-        runs = load_runs(folders)
-        compare(folders, runs, load_data(runs[0], args.data_dir))
-    elif args.suspects:
-        runs = load_runs(folders)
-        report_suspects(runs, load_data(runs[0], args.data_dir), out)
-        print(f"\ndrawn: {quote(out / 'suspects.png')}")
+        report_suspects(args.suspects, args.data_dir)
     elif args.image:
-        report_image(args.image, load_run(folders[0]), out)
+        report_image(args.image, args.run or last_run())
     else:
-        report_run(folders[0], args.data_dir, out)
+        report_run(args.run or last_run(), args.data_dir)
 
 
 if __name__ == "__main__":

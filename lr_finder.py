@@ -163,10 +163,10 @@ def report_sweep(args, data) -> None:
     first_loss = curve[0]
     margin = 0.3 * (first_loss - lowest_loss)        # the explosion may leave the picture
     chart([{
-        "title": title, "x": "learning rate", "y": "training loss", "log_x": True,
+        "title": title, "x_title": "learning rate", "y_title": "training loss", "log_x": True,
         "y_range": (lowest_loss - margin, first_loss + 2 * margin), "marks": marks,
         "lines": {"each batch": (rates, losses), "smoothed": (rates, curve)},
-    }], path, columns=1)
+    }], path)
     print(f"{title}: {len(rates)} steps, loss {first_loss:.2f} at first, "
           f"{lowest_loss:.2f} at its lowest")
     print(f"picture: {path}")

@@ -548,18 +548,18 @@ def draw_fields(candidates: dict, inputs: dict, input_shape, path) -> None:
     if not known:
         raise UserError("--erf: the network has no convolution whose receptive field is known")
     last = known[-1]
-    tiles = []
-    captions = []
+    rows = []
     for name, network in candidates.items():
+        row = []
         for kind, images in inputs.items():
             amount = effective_field(network, images, last.place.split()[0])
             sums = amount.flatten().sort(descending=True).values.cumsum(dim=0)
             pixels = int((sums < 0.5).sum()) + 1
             result = f"half of the gradient in {pixels} of {amount.numel()} pixels"
             print(f"{name} network, {kind}: {result}")
-            captions.append(f"{name} network, {kind}:\n{result}")
-            tiles.append(outlined(amount, last))
-    gallery(tiles, captions, path, columns=len(inputs), zoom=1,
+            row.append((outlined(amount, last), f"{name} network, {kind}:\n{result}"))
+        rows.append(row)
+    gallery(rows, path, zoom=1,
             title=f"What moves the centre unit of {last.place} (grey: image, blue: receptive field)")
     print(f"picture: {path}")
 
@@ -577,7 +577,7 @@ def outlined(amount: Tensor, row: Row) -> Image.Image:
 
     plane = F.pad(amount, [margin] * 4)
     zoom = max(1, 400 // len(plane))
-    picture = heat(plane).resize((zoom * plane.shape[1], zoom * plane.shape[0]), Image.NEAREST)
+    picture = heat(plane, plane.max()).resize((zoom * plane.shape[1], zoom * plane.shape[0]), Image.NEAREST)
     draw = ImageDraw.Draw(picture)
     for box, colour in (([0, 0, width, height], "#888888"), (window, "#0050ff")):
         draw.rectangle([zoom * (edge + margin) for edge in box], outline=colour, width=2)
