@@ -18,6 +18,7 @@ and --search write a table there: trials-1.csv, trials-2.csv, ...
 import argparse
 import copy
 import math
+import shlex
 import statistics
 from pathlib import Path
 
@@ -175,26 +176,8 @@ def report_sweep(args, data) -> None:
                         "batches, more --steps, or python train.py --sanity")
     for name, rate in picks.items():
         print(f"  {name:<15} {rate:<9.2g} {MEANINGS[name]}")
-    print(f"next: python train.py {args.given}--lr {picks['recommended']:.2g}")
-
-
-def given_flags(args) -> str:
-    """The flags that train.py has as well and that are not at their defaults, as text."""
-    parser = argparse.ArgumentParser()
-    training.add_flags(parser)
-    text = ""
-    for name, default in vars(parser.parse_args([])).items():
-        value = getattr(args, name)
-        flag = "--" + name.replace("_", "-")
-        if value == default:
-            continue
-        if value is False:
-            text += f"--no-{name} "
-        elif isinstance(value, Path):
-            text += f"{flag} {digits.quote(value)} "
-        else:
-            text += f"{flag} {value} "
-    return text
+    words = ["python", "train.py"] + args.given + ["--lr", f"{picks['recommended']:.2g}"]
+    print(f"next: {shlex.join(words)}")
 
 
 # ---- Trying rates out -------------------------------------------------------------------------
@@ -207,14 +190,16 @@ def given_flags(args) -> str:
 CLASSIC = ("sgd:1e-1,5e-4", "sgd:1e-2,5e-4", "adam:3e-4,5e-4", "adam:1e-3,0")       # of the lecture
 
 
-def setting(text: str) -> dict:
+def to_setting(text: str) -> dict:
     """A type for argparse: "sgd:0.1,5e-4" is an optimizer, its rate and its weight decay."""
-    opt, numbers = text.split(":")
-    lr, weight_decay = numbers.split(",")
-    if opt not in training.PEAK_LR:
-        raise ValueError
-    rate = number(float, 1e-12)(lr)
-    return {"opt": opt, "lr": rate, "weight_decay": number(float, 0)(weight_decay)}
+    try:
+        opt, numbers = text.split(":")
+        lr, weight_decay = numbers.split(",")
+        training.PEAK_LR[opt]                        # only to know that there is such an optimizer
+        return {"opt": opt, "lr": number(float, 1e-12)(lr),
+                "weight_decay": number(float, 0)(weight_decay)}
+    except (KeyError, ValueError):
+        raise argparse.ArgumentTypeError(f"{text!r} is not like sgd:0.1,5e-4")
 
 
 def random_settings(count: int, opt: str, seed: int) -> list:
@@ -296,34 +281,35 @@ def new_table(out: Path) -> Path:
 # ---- The command line -------------------------------------------------------------------------
 
 def parse_args() -> argparse.Namespace:
-    parser = digits.Parser(prog="lr_finder.py", description="Learning-rate range test, grid and "
-                           "random search.")
-    training.add_flags(parser)
-    add = parser.add_argument
+    """The flags of this script and those of train.py that it uses; all others have their defaults.
+    args.given is a list of train.py's flags as they were typed, for the command printed at the end.
+    """
+    own = digits.Parser(add_help=False)
+    add = own.add_argument
     add("--start", type=number(float, 1e-12), default=1e-6, help="first rate of the sweep")
     add("--factor", type=number(float, 1.0001, 1000), default=1.1, help="growth per step")
     add("--steps", type=number(int, 20, 10_000), default=200, help="steps of the sweep")
-    add("--grid", type=setting, nargs="*", metavar="OPT:LR,DECAY",
+    add("--grid", type=to_setting, nargs="*", metavar="OPT:LR,DECAY",
         help="train with each of these, such as sgd:0.1,5e-4; alone: four classic ones")
     add("--search", type=number(int, 1, 1000), metavar="N", help="halve N random settings to one")
     add("--epochs", type=number(int, 1, 9999), help="of --grid and --search; 1 if not given")
-    add("--val", type=number(int, 1), help="held-out images of --grid and --search")
     add("--out", type=user_path, default="lr_finder", help="folder for lr_range.png and tables")
+    parser = digits.Parser(prog="lr_finder.py", parents=[own],
+                           description="Learning-rate range test, grid and random search.")
+    training.add_flags(parser)
     args = parser.parse_args()
 
     if args.grid is not None and args.search:
         raise UserError("--grid or --search, not both")
-    trains = args.grid is not None or args.search
-    if not trains and (args.epochs or args.val):
-        raise UserError("--epochs and --val belong to --grid and --search")
+    args.val = 0
+    if args.grid is not None or args.search:
+        args.val = 1000 if args.data == "synthetic" else 10_000          # images to choose on
+    elif args.epochs:
+        raise UserError("--epochs belongs to --grid and --search")
     args.epochs = args.epochs or 1
-    if trains and args.val is None:
-        args.val = 1000 if args.data == "synthetic" else 10_000
-    args.val = args.val or 0
-    args.given = given_flags(args)
+    args.given = own.parse_known_args()[1]
     if args.weight_decay is None:
         args.weight_decay = training.WEIGHT_DECAY[args.opt]
-    # train.py has more flags than these, such as the schedule. They have its defaults.
     defaults = vars(training.parse_args([]))
     return argparse.Namespace(**(defaults | vars(args)))
 
@@ -331,16 +317,13 @@ def parse_args() -> argparse.Namespace:
 def main() -> None:
     args = parse_args()
     data = training.load_data(args)
-    if args.grid is not None:
-        settings = args.grid
-        if not settings:
-            settings = [setting(text) for text in CLASSIC]
-        compete(settings, False, args, data)
-    elif args.search:
-        settings = random_settings(args.search, args.opt, args.seed)
-        compete(settings, True, args, data)
-    else:
+    if args.search:
+        compete(random_settings(args.search, args.opt, args.seed), True, args, data)
+    elif args.grid is None:
         report_sweep(args, data)
+    else:
+        settings = args.grid or [to_setting(text) for text in CLASSIC]
+        compete(settings, False, args, data)
 
 
 if __name__ == "__main__":

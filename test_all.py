@@ -1548,7 +1548,7 @@ WRONG_INPUT = [
     (rf, "--model n2 --input 3x28x28", "0.0 Conv2d has in_channels=1, got 3x28x28"),
     (rf, "--run a --model n2", "not allowed"),
     (rf, "--erf --out notes.txt", "must end in .png"),
-    (lr_finder, "--grid sgd=0.1", "invalid setting value: 'sgd=0.1'"),
+    (lr_finder, "--grid sgd=0.1", "'sgd=0.1' is not like sgd:0.1,5e-4"),
     (lr_finder, "--grid sgd:-1,0", "-1 must be at least"),
     (lr_finder, "--lr 0.1", "unrecognized arguments"),
     (lr_finder, "--epochs 3", "belong to --grid"),
