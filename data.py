@@ -254,6 +254,10 @@ def random_erase(images: Tensor, chosen: Tensor) -> Tensor:
 
 NAMES = ("mnist", "fashion", "cifar10", "synthetic")
 
+# torchvision checks what it downloads, but not what lies in the folder already. This checksum of
+# all pixels and labels finds every kind of damage.
+MNIST_MD5 = "3a8942afaa4d4472e73e631e8d5025b7"
+
 
 def load(name="mnist", data_dir="data", device="cpu", val=0, limit=None) -> Data:
     """Load a data set of NAMES onto a device. Raises UserError.
@@ -314,11 +318,6 @@ def as_tensors(dataset) -> tuple[Tensor, Tensor]:
     else:
         images = images.permute(0, 3, 1, 2)
     return images.contiguous(), torch.as_tensor(dataset.targets)
-
-
-# torchvision checks what it downloads, but not what lies in the folder already. This checksum of
-# all pixels and labels finds every kind of damage.
-MNIST_MD5 = "3a8942afaa4d4472e73e631e8d5025b7"
 
 
 def checksum(train, test) -> str:

@@ -1551,7 +1551,7 @@ WRONG_INPUT = [
     (lr_finder, "--grid sgd=0.1", "'sgd=0.1' is not like sgd:0.1,5e-4"),
     (lr_finder, "--grid sgd:-1,0", "-1 must be at least"),
     (lr_finder, "--lr 0.1", "unrecognized arguments"),
-    (lr_finder, "--epochs 3", "belong to --grid"),
+    (lr_finder, "--epochs 3", "belongs to --grid"),
     (lr_finder, "--factor 1", "at least"),
     (lr_finder, "--data synthetic --model tiny --limit 640 --factor 1.0001 --steps 20",
      "not clear"),

@@ -380,28 +380,31 @@ def sanity(args, data) -> bool:
 
     guess = math.log(data.classes)
     wanted = 250 / data.classes                      # percent: 2.5 times as good as guessing
-    checks = [
-        (abs(first_loss - guess) < 0.7,
-         f"loss of the fresh network: {first_loss:.2f}",
-         f"ln {data.classes} = {guess:.2f}",
-         "a last layer that is too large, or pixels that are not normalized"),
-        (not unreached,
-         f"parameters without a gradient: {', '.join(unreached) or 'none'}",
-         "none", "a detach(), a frozen layer, or a layer that is never called"),
-        (last_accuracy == 100 and last_loss < 0.5,
-         f"ten images, 100 steps: {last_accuracy:.0f}%, loss {last_loss:.2f}",
-         "100%, loss near 0", "a softmax before the loss, or ReLUs that are always 0"),
-        (new_accuracy > wanted,
-         f"new images, {steps} steps of your recipe: {new_accuracy:.0f}%",
-         f"more than {wanted:.0f}%",
-         "labels of other images, too few images, a rate far too small or too large"),
-    ]
-    for passed, found, expected, likely in checks:
-        if passed:
-            print(f"ok    {found}")
-        else:
-            print(f"LOOK  {found}, expected {expected}. Likely: {likely}")
-    return all(passed for passed, *_ in checks)
+    return all([
+        check(abs(first_loss - guess) < 0.7,
+              f"loss of the fresh network: {first_loss:.2f}",
+              f"ln {data.classes} = {guess:.2f}",
+              "a last layer that is too large, or pixels that are not normalized"),
+        check(not unreached,
+              f"parameters without a gradient: {', '.join(unreached) or 'none'}",
+              "none", "a detach(), a frozen layer, or a layer that is never called"),
+        check(last_accuracy == 100 and last_loss < 0.5,
+              f"ten images, 100 steps: {last_accuracy:.0f}%, loss {last_loss:.2f}",
+              "100%, loss near 0", "a softmax before the loss, or ReLUs that are always 0"),
+        check(new_accuracy > wanted,
+              f"new images, {steps} steps of your recipe: {new_accuracy:.0f}%",
+              f"more than {wanted:.0f}%",
+              "labels of other images, too few images, a rate far too small or too large"),
+    ])
+
+
+def check(passed: bool, found: str, expected: str, likely: str) -> bool:
+    """Print a line about one check of `sanity`. Return whether it passed."""
+    if passed:
+        print(f"ok    {found}")
+    else:
+        print(f"LOOK  {found}, expected {expected}. Likely: {likely}")
+    return passed
 
 
 def changed(args, **changes):
