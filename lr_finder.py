@@ -70,8 +70,8 @@ def is_over(losses: list) -> bool:
 
 # ---- Reading the curve ------------------------------------------------------------------------
 
-def smooth(losses: list, reach=5) -> list:
-    """For each step the median of its loss, the 5 before it and the 5 after it.
+def smooth(losses: list, reach=8) -> list:
+    """For each step the median of its loss, the 8 before it and the 8 after it.
 
     The median ignores a single bad batch. Infinity and NaN count as the largest loss.
     """
@@ -88,9 +88,10 @@ def smooth(losses: list, reach=5) -> list:
 def pick_rates(rates: list, losses: list) -> dict:
     """Rates read off a sweep, by name. Empty if the loss does not fall clearly.
 
-    lowest          the rate at which the smoothed loss is lowest. Beyond it, steps are too large.
-    recommended     three quarters of `lowest`, as OneCycle's maximum. Without batch norm the
-                    training may break suddenly, so stay a little below `lowest`.
+    lowest          the rate at which the smoothed loss is lowest. Near it the curve is often flat,
+                    and chance decides which rate it is.
+    recommended     so the middle of the flat part, as OneCycle's maximum: between the first and the
+                    last rate at which the loss is within 5% of its whole fall of the lowest loss
     steepest        the rate in the middle of those five steps over which the loss falls most
     explosion / 10  a tenth of the rate at which the loss is back at its first level: the rule of
                     the notes. There is none if the sweep ends before.
@@ -98,16 +99,17 @@ def pick_rates(rates: list, losses: list) -> dict:
     curve = smooth(losses)
     if len(curve) < 20:
         return {}
-    lowest_step = curve.index(min(curve))
-    before = curve[:lowest_step + 1]
-    fall = curve[0] - curve[lowest_step]
+    lowest_loss = min(curve)
+    lowest_step = curve.index(lowest_loss)
+    fall = curve[0] - lowest_loss
     noise = statistics.median(abs(loss - level) for loss, level in zip(losses, curve))
     if lowest_step == 0 or not fall > 2 * noise:
         return {}
 
-    lowest = rates[lowest_step]
-    picks = {"recommended": 0.75 * lowest, "lowest": lowest}
-    falls = [before[step - 5] - before[step] for step in range(5, len(before))]
+    flat = [rate for rate, loss in zip(rates, curve) if loss <= lowest_loss + 0.05 * fall]
+    middle = math.sqrt(flat[0] * flat[-1])           # on a logarithmic axis
+    picks = {"recommended": middle, "lowest": rates[lowest_step]}
+    falls = [curve[step - 5] - curve[step] for step in range(5, lowest_step + 1)]
     if falls:
         picks["steepest"] = rates[falls.index(max(falls)) + 2]     # + 2: the middle of the five
     for step in range(lowest_step, len(curve)):
@@ -118,7 +120,7 @@ def pick_rates(rates: list, losses: list) -> dict:
 
 
 MEANINGS = {
-    "recommended": "three quarters of the next one: a maximum for OneCycle",
+    "recommended": "the middle of the flat part around the next one: a maximum for OneCycle",
     "lowest": "the loss is lowest here; beyond it, steps are too large",
     "steepest": "the loss falls fastest here",
     "explosion / 10": "a tenth of the rate at which the loss is back where it began",

@@ -1178,10 +1178,12 @@ def curve(noise=0.0, seed=0):
     return losses
 
 
-def test_the_recommended_rate_is_a_little_below_the_lowest_loss():
-    picks = lr_finder.pick_rates(RATES, curve())
-    assert picks["recommended"] == 0.75 * picks["lowest"]
-    assert 0.5 < picks["lowest"] < 2
+def test_the_recommended_rate_is_in_the_middle_of_the_flat_part():
+    losses = curve()
+    for step in range(120, 150):                                # flat from 0.09 to 1.5
+        losses[step] = 0.9
+    picks = lr_finder.pick_rates(RATES, losses)
+    assert picks["recommended"] == pytest.approx(math.sqrt(0.09 * 1.5), rel=0.2)
     assert 0.004 < picks["steepest"] < 0.02
     for name, rate in picks.items():
         assert RATES[0] < rate < RATES[-1]
@@ -1191,12 +1193,13 @@ def test_noise_and_single_spikes_move_the_pick_little():
     clean = lr_finder.pick_rates(RATES, curve())["recommended"]
     for seed in range(10):
         noisy = lr_finder.pick_rates(RATES, curve(0.05, seed))["recommended"]
-        assert clean / 6 < noisy < clean * 2
+        assert clean / 2 < noisy < clean * 2
     for where in (3, 60, 120):
         for value in (50.0, 0.01, math.nan):
             losses = curve()
             losses[where] = value
-            assert lr_finder.pick_rates(RATES, losses)["recommended"] == pytest.approx(clean)
+            spiked = lr_finder.pick_rates(RATES, losses)["recommended"]
+            assert spiked == pytest.approx(clean, rel=0.1)
 
 
 def test_the_collapse_of_a_large_first_loss_is_not_the_descent():
@@ -1206,7 +1209,8 @@ def test_the_collapse_of_a_large_first_loss_is_not_the_descent():
     for step in range(60):
         losses[step] += 6 * (1 - step / 60)
     clean = lr_finder.pick_rates(RATES, curve())["recommended"]
-    assert lr_finder.pick_rates(RATES, losses)["recommended"] == clean
+    collapsed = lr_finder.pick_rates(RATES, losses)["recommended"]
+    assert clean / 2 < collapsed < clean * 2
 
 
 @pytest.mark.parametrize("losses", [
