@@ -83,24 +83,6 @@ def test_convolution_is_a_sliding_dot_product():
     assert_close(output, layer(image))
 
 
-def test_max_pooling_keeps_the_largest_of_each_window():
-    """These windows are 3×3 and two pixels apart, so they overlap (Krizhevsky et al., 2012).
-    The border is minus infinity, which is never the largest."""
-    torch.manual_seed(0)
-    image = torch.randn(1, 8, 8)
-    padded = F.pad(image, (1, 1, 1, 1), value=-math.inf)
-
-    output = torch.zeros(1, 4, 4)
-    for row in range(4):
-        for column in range(4):
-            top = 2 * row
-            left = 2 * column
-            window = padded[0, top:top + 3, left:left + 3]
-            output[0, row, column] = window.max()
-
-    assert_close(output, F.max_pool2d(image, kernel_size=3, stride=2, padding=1))
-
-
 def test_batch_norm_gives_each_channel_mean_0_and_std_1():
     """The mean and the variance of a channel are taken over N, H and W: all images of the batch,
     all rows, all columns. Then each channel gets a learned scale and shift (Ioffe and Szegedy,
@@ -173,14 +155,13 @@ def test_train_mode_and_eval_mode_differ():
     assert_close(alone, together[:1])
 
 
-def test_silu_is_a_smooth_relu():
+def test_silu_passes_on_less_than_relu():
     """ReLU is max(x, 0). SiLU is x * sigmoid(x) (Elfwing et al., 2017). For standard normal input
     the mean of the squares is 0.5 for ReLU and 0.355 for SiLU: 29% less."""
     torch.manual_seed(0)
     x = torch.randn(1_000_000)
-    relu = torch.where(x > 0, x, 0.0)
-    silu = x / (1 + torch.exp(-x))
-    assert_close(relu, F.relu(x))
+    relu = x.clamp(min=0)
+    silu = x * torch.sigmoid(x)
     assert_close(silu, F.silu(x))
     assert (relu ** 2).mean().item() == pytest.approx(0.500, abs=0.005)
     assert (silu ** 2).mean().item() == pytest.approx(0.355, abs=0.005)
@@ -268,15 +249,10 @@ def test_mean_loss_weighs_each_batch_by_its_size():
     """The last batch of an epoch is often smaller. So the mean over all images is not the mean of
     the batches' means. It is the sum of mean times size, divided by the number of images."""
     losses = torch.linspace(0, 1, 100)                          # one per image
-    mean_of_all = losses.mean().item()
-    batch_means = []
-    total = 0.0
-    for batch in losses.split(64):                              # 64 and 36 images
-        batch_mean = batch.mean().item()
-        batch_means.append(batch_mean)
-        total += batch_mean * len(batch)
-    assert total / 100 == pytest.approx(mean_of_all)
-    assert statistics.mean(batch_means) != pytest.approx(mean_of_all, abs=0.05)
+    first, last = losses.split(64)                              # 64 and 36 images
+    mean = (first.mean() * 64 + last.mean() * 36) / 100
+    assert_close(mean, losses.mean())
+    assert abs((first.mean() + last.mean()) / 2 - mean) > 0.05
 
 
 # ---- The gradient -----------------------------------------------------------------------------
@@ -306,38 +282,13 @@ def test_gradients_add_up_without_zero_grad():
     """backward() adds to weight.grad. Without zero_grad() a step would also follow the gradients
     of all earlier batches."""
     weight = torch.tensor(3.0, requires_grad=True)
-    optimizer = torch.optim.SGD([weight], lr=0.1)
-
-    loss = weight ** 2
-    loss.backward()
-    assert weight.grad.item() == 6.0                            # 2 * weight
-    loss = weight ** 2
-    loss.backward()
-    assert weight.grad.item() == 12.0                           # wrong: 6 + 6
-
-    optimizer.zero_grad()
-    loss = weight ** 2
-    loss.backward()
-    assert weight.grad.item() == 6.0
-
-
-def test_clipping_shortens_the_gradient_and_keeps_its_direction():
-    """All gradients together are one long vector. If it is longer than the limit, here 1, it is
-    multiplied by limit / length (Pascanu et al., 2013)."""
-    torch.manual_seed(0)
-    layer = nn.Linear(4, 3)
-    layer.weight.grad = torch.randn(3, 4)
-    layer.bias.grad = torch.randn(3)
-
-    squares = (layer.weight.grad ** 2).sum() + (layer.bias.grad ** 2).sum()
-    length = torch.sqrt(squares)
-    assert length > 1
-    clipped_weight = layer.weight.grad / length
-    clipped_bias = layer.bias.grad / length
-
-    nn.utils.clip_grad_norm_(layer.parameters(), max_norm=1.0)
-    assert_close(layer.weight.grad, clipped_weight)
-    assert_close(layer.bias.grad, clipped_bias)
+    (weight ** 2).backward()
+    assert weight.grad == 6                                     # 2 * weight
+    (weight ** 2).backward()
+    assert weight.grad == 12                                    # wrong: 6 + 6
+    torch.optim.SGD([weight], lr=0.1).zero_grad()
+    (weight ** 2).backward()
+    assert weight.grad == 6
 
 
 # ---- Optimizers: from a gradient to a step ----------------------------------------------------
@@ -618,18 +569,16 @@ def test_affine_matrix_moves_an_image_as_torchvision_does():
 def test_an_epoch_shows_every_image_once():
     """Shuffling changes the order, not the set of images. Each image keeps its own label."""
     torch.manual_seed(0)
-    images = torch.arange(10, dtype=torch.uint8).view(10, 1, 1, 1)
+    images = torch.arange(10).view(10, 1, 1, 1)
     labels = torch.arange(10)
     epochs = []
     for epoch in range(2):
         seen = []
         for batch_images, batch_labels in data.batches(images, labels, 4):  # of 4, 4 and 2
-            assert batch_images.flatten().tolist() == batch_labels.tolist()
+            assert torch.equal(batch_images.flatten(), batch_labels)
             seen += batch_labels.tolist()
+        assert sorted(seen) == labels.tolist()
         epochs.append(seen)
-
-    for seen in epochs:
-        assert sorted(seen) == list(range(10))
     assert epochs[0] != epochs[1]
 
 
@@ -807,9 +756,8 @@ def test_your_own_tensors_are_checked(images, labels, said):
 def test_two_equal_images_are_varied_differently(digits):
     torch.manual_seed(0)
     twins = digits.train[0][:1].repeat(2, 1, 1, 1)
-    for recipe in ("default", "n1", "n3"):
-        first, second = data.augment(twins, recipe)
-        assert (first - second).abs().max() > 0.2
+    first, second = data.augment(twins)
+    assert (first - second).abs().max() > 0.2
 
 
 def test_augmentation_fades(digits):
@@ -858,15 +806,14 @@ def test_erasing_keeps_to_its_ranges():
     torch.manual_seed(0)
     chosen = torch.rand(2000) < 0.5
     erased = data.random_erase(torch.ones(2000, 1, 28, 28), chosen)[:, 0] == 0
-    assert torch.equal(erased.flatten(1).any(1), chosen)
-    for hole in erased[chosen]:
-        height = hole.any(1).sum().item()
-        width = hole.any(0).sum().item()
-        assert hole.sum() == height * width                     # one rectangle
-        assert (height - 0.5) * (width - 0.5) <= 0.25 * 784
-        assert (height + 0.5) * (width + 0.5) >= 0.02 * 784
-        assert (height - 0.5) / (width + 0.5) <= 3.3
-        assert (width - 0.5) / (height + 0.5) <= 1 / 0.3
+    heights = erased.any(dim=2).sum(dim=1)[chosen]
+    widths = erased.any(dim=1).sum(dim=1)[chosen]
+    assert torch.equal(erased.flatten(1).any(dim=1), chosen)
+    assert torch.equal(erased.flatten(1).sum(dim=1)[chosen], heights * widths)      # rectangles
+    assert ((heights - 0.5) * (widths - 0.5)).max() <= 0.25 * 784
+    assert ((heights + 0.5) * (widths + 0.5)).min() >= 0.02 * 784
+    assert ((heights - 0.5) / (widths + 0.5)).max() <= 3.3
+    assert ((widths - 0.5) / (heights + 0.5)).max() <= 1 / 0.3
 
 
 def test_augmentation_stays_on_the_device():
@@ -960,9 +907,7 @@ def test_a_killed_run_resumes_to_the_same_bits(kill, runs, tmp_path):
 
 
 def test_a_loss_that_explodes_ends_the_training(tmp_path):
-    error = expect_error(train, f"{SHORT} --lr 1e9 --out {tmp_path}")
-    assert "lower --lr" in error
-    assert (tmp_path / "001/checkpoint.pt").exists()
+    assert "lower --lr" in expect_error(train, f"{SHORT} --lr 1e9 --out {tmp_path}")
     assert not (tmp_path / "001/weights.pt").exists()
 
 
@@ -1069,16 +1014,13 @@ def test_images_of_your_own_with_three_classes(monkeypatch):
     labels = torch.arange(300) % 3
     noise = torch.randint(0, 50, (300, 3, 12, 10))
     images = (noise + 90 * labels.view(-1, 1, 1, 1)).byte()
-    own = data.from_tensors((images, labels), (images[:60], labels[:60]))
+    own = data.from_tensors((images, labels), (images, labels))
+    assert own.classes == 3
     monkeypatch.setitem(model.NETWORKS, "mine", lambda: nn.Sequential(
         nn.Flatten(), nn.Linear(360, 3)))
     args = train.parse_args("--model mine --epochs 5 --lr 0.1 --augment none".split())
     network, history = train.train(args, own, quiet=True)
-    assert own.classes == 3
     assert history[-1]["test_accuracy"] > 90
-    default = train.parse_args([])
-    with pytest.raises(data.UserError, match="3 channels|3 classes"):
-        train.train(default, own, quiet=True)
 
 
 def test_weights_can_be_used_elsewhere(runs, digits):
@@ -1089,8 +1031,7 @@ def test_weights_can_be_used_elsewhere(runs, digits):
     network.eval()
     images = digits.test[0][:100].float() / 255
     logits = network((images - saved["mean"]) / saved["std"])
-    accuracy = (logits.argmax(1) == digits.test[1][:100]).float().mean()
-    assert accuracy > 0.9
+    assert (logits.argmax(1) == digits.test[1][:100]).sum() > 90
 
 
 def test_sanity_passes_a_sound_setup(digits):
@@ -1224,7 +1165,6 @@ def test_without_a_descent_there_is_no_pick(losses):
 def test_a_sweep_ends_when_ten_losses_are_above_the_first_ten():
     first = [2.0, 2.5] * 5
     assert not lr_finder.is_over(first + [1.0] * 9 + [100.0])   # one bad batch
-    assert not lr_finder.is_over(first + [2.4] * 10)
     assert lr_finder.is_over(first + [1.0] * 5 + [2.6] * 10)
     assert lr_finder.is_over([2.0, math.inf])
 
@@ -1254,12 +1194,10 @@ def test_the_range_test_ends_with_a_command_that_train_takes(tmp_path):
     flags = f"{QUICK} --opt adam --no-nesterov"
     code, text, _ = call(lr_finder, f"{flags} --out {tmp_path}")
     assert code == 0
-    assert Image.open(tmp_path / "lr_range.png").width >= 600
+    assert Image.open(tmp_path / "lr_range.png").width == 800
     command = text.splitlines()[-1]
-    words = command.removeprefix("next: python train.py ").split()
-    given = train.parse_args(words)
-    expected = train.parse_args(flags.split() + ["--lr", words[-1]])
-    assert given == expected
+    assert command.startswith(f"next: python train.py {flags} --lr 0.")
+    train.parse_args(command.split()[3:])
 
 
 def test_a_grid_says_which_rates_are_too_large_or_too_small(tmp_path):
@@ -1889,17 +1827,14 @@ def test_a_damaged_log_is_one_line(tmp_path):
         assert "log.csv" in expect_error(analyze, f"--run {tmp_path}")
 
 
-def test_two_runs_are_compared(runs):
-    code, text, _ = call(analyze, f"--compare {runs / '001'} {runs / '002'}")
-    assert code == 0
+def test_two_runs_together(runs):
+    folders = f"{runs / '001'} {runs / '002'}"
+    text = call(analyze, f"--compare {folders}")[1]
     assert text.count("errors in 2000") == 2
     assert "p = " in text
-
-
-def test_suspects_of_two_runs(runs):
-    code, text, _ = call(analyze, f"--suspects {runs / '001'} {runs / '002'}")
-    assert code == 0
+    text = call(analyze, f"--suspects {folders}")[1]
     assert len(re.findall(r"^#\d+", text, re.M)) == 20
+    assert (runs / "001/analysis/suspects.png").exists()
 
 
 def test_the_last_run_has_the_highest_number(monkeypatch, tmp_path):
@@ -1928,7 +1863,6 @@ def large_digit(image):
 PAPERS = {
     "black on white": lambda ink: drawn(ink, [255] * 3, [0] * 3),
     "chalk": lambda ink: drawn(ink, [30, 50, 40], [240, 240, 240]),
-    "yellow": lambda ink: drawn(ink, [255, 255, 255], [255, 240, 0]),
     "transparent": lambda ink: drawn(ink, [255, 255, 255, 0], [255, 255, 255, 255]),
     "16 bit": lambda ink: Image.fromarray((65535 * (1 - ink)).astype(np.uint16)),
     "cropped": lambda ink: drawn(ink, [255] * 3, [0] * 3).crop((115, 55, 255, 195)),
@@ -1965,7 +1899,7 @@ def test_a_turned_photograph_is_turned_back(tmp_path):
     assert (image.sum(0) > 0).sum() > (image.sum(1) > 0).sum()
 
 
-def test_thick_strokes_that_fill_the_picture_are_not_read_inside_out():
+def test_thick_strokes_are_not_read_inside_out():
     """Most pixels are ink here, but the border is paper."""
     picture = torch.ones(1, 40, 40)
     picture[:, 2:38, 2:38] = 0
@@ -1978,10 +1912,8 @@ def test_thick_strokes_that_fill_the_picture_are_not_read_inside_out():
 def test_a_prepared_digit_fills_20_pixels_around_its_centre_of_mass():
     photo = torch.ones(1, 250, 150)
     photo[:, 30:190, 100:115] = 0                               # a bar, 15 wide and 160 high
-    rows = analyze.prepare(photo)[0, 0].float().sum(1)
-    centre = rows @ torch.arange(28.0) / rows.sum()
-    assert 20 <= rows.count_nonzero() <= 21
-    assert 13 < centre < 15
+    rows = analyze.prepare(photo)[0, 0].sum(1).nonzero().flatten().tolist()
+    assert rows in (list(range(4, 24)), list(range(4, 25)), list(range(3, 24)))
 
 
 def test_an_own_digit_is_read(runs, digits, tmp_path):
