@@ -334,10 +334,10 @@ def report_image(path: Path, folder: Path) -> None:
     for row in image[0, 0].tolist():
         characters = [2 * " .:+#"[math.ceil(value / 64)] for value in row]
         print("".join(characters).rstrip())
+    print(f"{folder} reads")
     probabilities = predict(run.network, image, run.mean, run.std)[0].softmax(0)
     for digit, probability in enumerate(probabilities.tolist()):
         print(f"{digit}  {probability:7.2%}")
-    draw_evidence(run, image, folder / "analysis/image.png")
 
 
 # ---- Inside the network -----------------------------------------------------------------------
@@ -368,7 +368,7 @@ def draw_evidence(run, images: Tensor, path) -> None:
     """Draw one row per image: the image, then the evidence map of each class and its sum."""
     all_maps = evidence_maps(run.network, normalize(images, run.mean, run.std))
     if all_maps is None:
-        print(f"no evidence maps: {run.args.model} does not end in global average pooling")
+        print("no evidence maps: only an nn.Sequential that ends in global average pooling has them")
         return
     rows = []
     for image, maps in zip(images, all_maps):
@@ -709,7 +709,7 @@ def last_run() -> Path:
 def main() -> None:
     parser = Parser(prog="analyze.py", description="What a trained network gets wrong, and why.")
     which = parser.add_mutually_exclusive_group()
-    which.add_argument("--run", type=user_path, metavar="FOLDER", help="none: the last run")
+    which.add_argument("--run", type=user_path, metavar="FOLDER", help="a run; none: the last one")
     which.add_argument("--compare", type=user_path, nargs=2, metavar="FOLDER",
                        help="two runs: is one better?")
     which.add_argument("--suspects", type=user_path, nargs="+", metavar="FOLDER",

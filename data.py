@@ -388,7 +388,7 @@ def run_command(main) -> None:
     except (UserError, OSError) as error:
         message = " ".join(str(error).split())
         print(f"error: {message}", file=sys.stderr)
-        if isinstance(error, OSError):
+        if isinstance(error, OSError) and sys.stdout is sys.__stdout__:
             sys.stdout = None                        # else Python fails again when it flushes it
         raise SystemExit(2)
 

@@ -92,7 +92,7 @@ def pick_rates(rates: list, losses: list) -> dict:
                     and chance decides which rate it is.
     recommended     so the middle of the flat part, as OneCycle's maximum: between the first and the
                     last rate at which the loss is within 5% of its whole fall of the lowest loss
-    steepest        the rate in the middle of those five steps over which the loss falls most
+    steepest        the middle of that factor of ten (24 steps) over which the loss falls most
     explosion / 10  a tenth of the rate at which the loss is back at its first level: the rule of
                     the notes. There is none if the sweep ends before.
     """
@@ -109,9 +109,9 @@ def pick_rates(rates: list, losses: list) -> dict:
     flat = [rate for rate, loss in zip(rates, curve) if loss <= lowest_loss + 0.05 * fall]
     middle = math.sqrt(flat[0] * flat[-1])           # on a logarithmic axis
     picks = {"recommended": middle, "lowest": rates[lowest_step]}
-    falls = [curve[step - 5] - curve[step] for step in range(5, lowest_step + 1)]
+    falls = [curve[step - 24] - curve[step] for step in range(24, lowest_step + 1)]
     if falls:
-        picks["steepest"] = rates[falls.index(max(falls)) + 2]     # + 2: the middle of the five
+        picks["steepest"] = rates[falls.index(max(falls)) + 12]
     for step in range(lowest_step, len(curve)):
         if curve[step] > curve[0]:
             picks["explosion / 10"] = rates[step] / 10
@@ -226,8 +226,8 @@ def try_setting(setting: dict, epochs: int, args, data) -> dict:
         history = training.train(args, training.without_test(data), quiet=True)[1]
         row["accuracy"] = history[-1]["val_accuracy"]
         row["note"] = ""
-        if history[0]["train_loss"] > 0.95 * math.log(data.classes):
-            row["note"] = "the first epoch learned little: the rate is too small or too large"
+        if history[-1]["train_loss"] > 0.95 * math.log(data.classes):
+            row["note"] = "it learned little: the rate is too small or too large"
     except training.LossNotFinite:                   # the others go on
         row["accuracy"] = math.nan
         row["note"] = "the loss is not finite: the rate is too large"
@@ -249,8 +249,8 @@ def compete(settings: list, halve: bool, args, data) -> None:
         rows = []
         for setting in settings:
             rows.append(try_setting(setting, epochs, args, data))
+            save(path, digits.to_csv(table + rows))  # Ctrl-C keeps what was finished before
         table += rows
-        save(path, digits.to_csv(table))             # Ctrl-C keeps what was finished before
 
         finite = [row for row in rows if math.isfinite(row["accuracy"])]
         if not finite:
@@ -293,7 +293,7 @@ def parse_args() -> argparse.Namespace:
     add("--steps", type=number(int, 20, 10_000), default=200, help="steps of the sweep")
     add("--grid", type=to_setting, nargs="*", metavar="OPT:LR,DECAY",
         help="train with each of these, such as sgd:0.1,5e-4; alone: four classic ones")
-    add("--search", type=number(int, 1, 1000), metavar="N", help="halve N random settings to one")
+    add("--search", type=number(int, 1, 1000), metavar="N", help="N random settings; each round drops half")
     add("--epochs", type=number(int, 1, 9999), help="of --grid and --search; 1 if not given")
     add("--out", type=user_path, default="lr_finder", help="folder for lr_range.png and tables")
     parser = digits.Parser(prog="lr_finder.py", parents=[own],

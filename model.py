@@ -176,8 +176,6 @@ def he_init(network: nn.Module) -> None:
     `python train.py --sanity --model n2-plain` reports it.
     """
     for layer in network.modules():
-        if isinstance(layer, (nn.LazyConv2d, nn.LazyLinear)):
-            continue                                  # it has no weights before its first input
         if isinstance(layer, (nn.Conv2d, nn.Linear)):
             fan_in = layer.weight[0].numel()          # input channels · area of the kernel
             nn.init.normal_(layer.weight, 0.0, math.sqrt(2.0 / fan_in))
@@ -381,12 +379,15 @@ NETWORKS = {
     "cifar": cifar,
 }
 
+OURS = tuple(NETWORKS)          # those above, not those that you add
+
 
 def build(name="default", **options) -> nn.Module:
-    """The named network with fresh He weights. The options go to its function, which raises
-    TypeError for those that it does not have."""
+    """The named network. Ours get fresh He weights; yours keeps the weights it comes with. The
+    options go to its function, which raises TypeError for those that it does not have."""
     network = NETWORKS[name](**options)
-    he_init(network)
+    if name in OURS:
+        he_init(network)
     return network
 
 

@@ -974,6 +974,7 @@ WRONG_NETWORKS = {
     "softmax": (lambda: Mine(lambda net, x: net.last(x).softmax(1)), "softmax"),
     "two outputs": (lambda: Mine(two_outputs), "in training it returns a tuple"),
     "in place": (lambda: Mine(in_place), "inplace"),
+    "no parameters": (lambda: nn.Sequential(nn.Flatten(), nn.AvgPool1d(78)), "ModuleList"),
     "frozen": (lambda: Viewed().requires_grad_(False), "does not require grad"),
 }
 
@@ -994,7 +995,7 @@ def test_a_last_batch_of_one_image_is_noticed_before_the_training(digits):
     args = train.parse_args("--batch-size 32".split())
     network = nn.Sequential(nn.Flatten(), nn.Linear(784, 10), nn.BatchNorm1d(10))
     small = digits._replace(train=(digits.train[0][:33], digits.train[1][:33]))
-    assert "batch of one image" in train.find_problem(args, network, small)
+    assert "a batch of one image" in train.find_problem(args, network, small)
     assert train.find_problem(args, network, digits) == ""
 
 
@@ -1050,6 +1051,19 @@ def test_sanity_names_what_is_wrong(flags, said, monkeypatch):
     code, text, _ = call(train, f"--data synthetic --sanity --limit 1000 --batch-size 16 {flags}")
     assert code == 1
     assert said in text
+
+
+def test_plateau_without_held_out_images_is_refused(digits):
+    args = train.parse_args("--sched plateau --model tiny".split())
+    with pytest.raises(data.UserError, match="held-out"):
+        train.train(args, digits, quiet=True)
+
+
+def test_weights_of_your_own_are_kept(monkeypatch):
+    mine = nn.Linear(2, 2)
+    monkeypatch.setitem(model.NETWORKS, "mine", lambda: mine)
+    before = mine.weight.detach().clone()
+    assert torch.equal(model.build("mine").weight, before)
 
 
 def test_sanity_finds_labels_of_other_images(digits, capsys):

@@ -89,8 +89,10 @@ def train(args, data, folder=None, checkpoint=None, quiet=False):
 
     With a folder, a checkpoint is saved there before the first epoch and after each one, and the
     weights at the end. With a checkpoint, the training goes on from it.
-    Raises UserError if the network does not fit the data or the loss is no longer finite.
+    Raises UserError if network and data do not fit or the loss is no longer finite.
     """
+    if args.sched == "plateau" and len(data.val[0]) == 0:
+        raise UserError("--sched plateau watches held-out images, and there are none")
     network = make_network(args, data)
     optimizer = make_optimizer(args, network)
     history = []
@@ -320,7 +322,7 @@ def build_from(args) -> nn.Module:
             options[name] = value
     try:
         return networks.build(args.model, **options)
-    except TypeError as error:              # such as a flag that this network has no option for
+    except Exception as error:              # such as a flag that this network has no option for
         raise UserError(f"the network {args.model!r} cannot be built: {error}")
 
 
@@ -331,6 +333,8 @@ def find_problem(args, network, data) -> str:
     count = 1 if alone else 2
     inputs = digits.normalize(data.train[0][:count], data.mean, data.std)
     labels = data.train[1][:count]
+    if not list(network.parameters()):
+        return "it has no parameters: a list of layers has to be an nn.ModuleList"
     try:
         with torch.no_grad():
             network.eval()(inputs)          # lazy layers learn their sizes here
@@ -347,7 +351,7 @@ def find_problem(args, network, data) -> str:
         training_step(trial, make_optimizer(args, trial), inputs, labels, args)
     except Exception as error:              # PyTorch refuses with many kinds of errors
         if count == 1:
-            return f"with a batch of one image, {reason(error)}"
+            return f"a batch of one image (choose another --batch-size): {reason(error)}"
         return reason(error)
     return ""
 
@@ -379,7 +383,7 @@ def sanity(args, data) -> bool:
     new_accuracy = history[0]["train_accuracy"]      # each image was new when it was counted
 
     guess = math.log(data.classes)
-    wanted = 250 / data.classes                      # percent: 2.5 times as good as guessing
+    wanted = 100 / data.classes + 15                 # percent: clearly better than guessing
     return all([
         check(abs(first_loss - guess) < 0.7,
               f"loss of the fresh network: {first_loss:.2f}",
@@ -388,9 +392,9 @@ def sanity(args, data) -> bool:
         check(not unreached,
               f"parameters without a gradient: {', '.join(unreached) or 'none'}",
               "none", "a detach(), a frozen layer, or a layer that is never called"),
-        check(last_accuracy == 100 and last_loss < 0.5,
+        check(last_accuracy == 100,
               f"ten images, 100 steps: {last_accuracy:.0f}%, loss {last_loss:.2f}",
-              "100%, loss near 0", "a softmax before the loss, or ReLUs that are always 0"),
+              "100%", "ReLUs that are always 0, or a network that mixes the images of a batch"),
         check(new_accuracy > wanted,
               f"new images, {steps} steps of your recipe: {new_accuracy:.0f}%",
               f"more than {wanted:.0f}%",
@@ -587,18 +591,18 @@ def add_flags(parser) -> None:
     """The flags that train.py and lr_finder.py share. The ranges after "usual" are the lecture's."""
     add = parser.add_argument
     add("--model", choices=networks.NETWORKS, default="default", help="a network of model.py")
-    add("--head", choices=("conv", "linear", "place"), help="last layers of our own networks")
-    add("--down", choices=("overlap", "pool", "stride"), help="how `default` halves its maps")
-    add("--activation", choices=networks.ACTIVATIONS, help="of `default`")
+    add("--head", choices=("conv", "linear", "place"), help="last layers of default, tiny, micro, residual")
+    add("--down", choices=("overlap", "pool", "stride"), help="how the network `default` halves its maps")
+    add("--activation", choices=networks.ACTIVATIONS, help="of the network `default`")
     add("--dropout", type=number(float, 0, 0.9), help="of `default`; usual: 0.05 to 0.2")
     add("--data", choices=digits.NAMES, default="mnist", help="which data set")
     add("--data-dir", type=user_path, default="data", help="where it is or will be put")
     add("--augment", choices=digits.AUGMENTATIONS, default="default", help="how images are varied")
-    add("--limit", type=number(int, 1), help="train on the first LIMIT images only")
+    add("--limit", type=number(int, 1), help="train on the first LIMIT images; none: on all")
     add("--opt", choices=PEAK_LR, default="sgd", help="optimizer")
     add("--momentum", type=number(float, 0, 0.9999), default=0.9, help="of sgd; beta1 of adam")
-    add("--nesterov", action=argparse.BooleanOptionalAction, default=True, help="sgd's momentum")
-    add("--weight-decay", type=number(float, 0), help="usual: 1e-4 to 5e-4, adamw 1e-2 to 1e-1")
+    add("--nesterov", action=argparse.BooleanOptionalAction, default=True, help="form of sgd's momentum")
+    add("--weight-decay", type=number(float, 0), help="none: what suits --opt; usual: 1e-4 to 5e-4")
     add("--batch-size", type=number(int, 1), default=64, help="images per step; usual: 32 to 256")
     add("--label-smoothing", type=number(float, 0, 0.9), default=0.05, help="0 is off")
     add("--seed", type=number(int, 0), default=0, help="of all random numbers")
@@ -611,11 +615,11 @@ def make_parser() -> digits.Parser:
     add = parser.add_argument
     add("--epochs", type=number(int, 1, 9999), default=18, help="passes over the images")
     add("--sched", choices=SCHEDULES, default="onecycle", help="how the learning rate changes")
-    add("--lr", type=number(float, 1e-12), help="learning rate; with onecycle its maximum")
-    add("--step-every", type=number(int, 1), help="epochs between the halvings of --sched step")
+    add("--lr", type=number(float, 1e-12), help="learning rate, of onecycle the maximum; none: what suits --opt")
+    add("--step-every", type=number(int, 1), help="epochs between the halvings of --sched step; none: a fifth")
     add("--fade-from", type=number(float, 0, 1), default=0.7,
         help="share of the training after which augmentation fades; 1: never")
-    add("--clip", type=number(float, 0), default=0.0, help="longest gradient; usual: 0.5 to 5")
+    add("--clip", type=number(float, 0), default=0.0, help="longest gradient, 0: no limit; usual: 0.5 to 5")
     add("--val", type=number(int, 0), default=0, help="hold out the last VAL training images")
     add("--runs", type=number(int, 1), default=1, help="how many seeds to train")
     add("--deterministic", action="store_true", help="the same bits each time on a GPU, too")
