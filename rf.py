@@ -1,9 +1,8 @@
 """Receptive fields: which pixels of the image can a unit see?
 
 What it teaches: three formulas give the receptive field of each layer in a chain of convolutions
-and poolings. The same formulas then follow any network that torch.fx can trace, branches included.
-And because a formula may be wrong, the field is measured, too: put ink on one row of the image and
-look which units are stained.
+and poolings. The same formulas work for any network that torch.fx can trace. A formula may be
+wrong, so the field is also measured: put ink on a row of the image and look which units it stains.
 
     python rf.py                               the default network of model.py, a row per layer
     python rf.py --model n3                    another of its networks
@@ -17,25 +16,27 @@ look which units are stained.
 
 A unit is one position of a layer's map, with all its channels. The columns of the table:
 
-    window      kernel, stride, padding and dilation, where it is not 1
+    window      kernel, stride, padding, and dilation where it is not 1
     jump        pixels from the field of one unit to the field of the next
     RF          the size of a unit's receptive field, in pixels
                 "global": a unit may see the whole image
-                "not followed": rf.py does not know what this operation does to positions
+                "not followed": rf.py does not know what a unit sees
     start       the pixel at which the field of unit 0 begins; negative: in the padding
-    measured    for images with height + width up to 128: the most rows that one unit sees (and
-                columns, if their number differs), found with ink, and a comparison of all units:
+    measured    the most rows that one unit sees (and columns, if their number differs), found with
+                ink; only for images with height + width up to 128. The sign compares all units:
                 =  every unit sees all pixels of its field and no others
                 <  some units see fewer: a dilated window has gaps
                 !  some units see more: a formula is wrong
-    multiply-adds    those of 2-D convolutions and linear layers, per image
+    multiply-adds    of the layers nn.Conv2d and nn.Linear, per image
 
-ReLU, dropout and whatever else changes none of this has no row.
+A layer that changes nothing here, such as ReLU, has no row. Parameters that are not part of a row's
+layer, such as a weight for each position, have their own rows at the end.
 """
 import copy
 import math
 import sys
 from collections import namedtuple
+from pathlib import Path
 
 import data as digits
 
@@ -48,7 +49,7 @@ from torch import Tensor, nn
 import model as networks
 from analyze import gallery, heat
 from data import UserError, reason
-from train import build_from, load_run
+from train import build_from, load_run, parse_args
 
 
 # ---- The lesson: three recurrences ------------------------------------------------------------
@@ -83,7 +84,7 @@ def slide(axis: Axis, kernel: int, stride: int, padding: int, dilation: int) -> 
     return Axis(jump, size, start)
 
 
-def receptive_fields(chain) -> None:
+def receptive_fields(chain):
     """Print the fields of a chain of layers: (name, kernel, stride, padding, dilation) each.
 
     >>> receptive_fields([("conv1", 3, 1, 1, 1), ("pool", 2, 2, 0, 1), ("conv2", 3, 1, 1, 1)])
@@ -101,8 +102,9 @@ def receptive_fields(chain) -> None:
 
 # ---- Any network ------------------------------------------------------------------------------
 #
-# torch.fx calls the network once with a stand-in for the images and writes down every operation:
-# a graph. We run its nodes one after the other, and find the field of each value. It is one of
+# torch.fx calls the network once with a stand-in for the images and writes down each operation as
+# a node of a graph. We run the nodes one after the other. Each value that depends on the images
+# gets a field:
 #
 #   (height, width)    two axes as above
 #   GLOBAL             a unit may see the whole image
@@ -110,76 +112,145 @@ def receptive_fields(chain) -> None:
 #
 # There are four kinds of operations:
 #
-#   SLIDE        A window slides over the map: convolution and pooling.
-#   GATHER       All positions become one: flatten, global pooling. Or (WHOLE_MAP) each position
-#                learns about all others: group norm subtracts the mean of the map.
-#   STAY         Positions stay where they are: activations, sums, concatenation of channels. Where
-#                branches meet, the field is the smallest one around all of theirs.
-#   any other    A flip, a slice, attention: not followed, nor is what comes after it.
-#                We print no number rather than a wrong one.
+#   window       Convolutions and poolings slide a window over the map.
+#   GATHER       Flatten and global pooling make one position of all.
+#   STAY         Activations, sums and concatenations of channels leave positions where they are.
+#                Where branches meet, the new field is the smallest one around their fields.
+#   any other    A flip, a slice, attention, a write into a tensor. We do not follow it,
+#                nor anything after it: no number is better than a wrong one.
 
 GLOBAL = "global"
 NOT_FOLLOWED = "not followed"
 
-# All in small letters without "_", so that nn.MaxPool2d and F.max_pool2d have one name.
-SLIDE = {"conv2d", "maxpool2d", "avgpool2d"}
+# In small letters without "_", so that nn.LeakyReLU and F.leaky_relu have one name.
 GATHER = {"flatten", "view", "reshape", "mean", "adaptiveavgpool2d", "adaptivemaxpool2d"}
-WHOLE_MAP = {"groupnorm", "instancenorm2d"}
 STAY = {
-    "relu", "relu6", "leakyrelu", "prelu", "elu", "selu", "gelu", "silu", "mish", "softplus",
-    "sigmoid", "tanh", "hardtanh", "hardsigmoid", "hardswish", "clamp", "batchnorm2d", "dropout",
-    "dropout2d", "stochasticdepth", "identity", "contiguous", "clone", "add", "sub", "mul", "div",
-    "truediv", "neg", "cat", "adaptiveavgpool2d",       # the last one if it keeps the size
+    "relu", "relu6", "leakyrelu", "prelu", "elu", "selu", "gelu", "silu", "mish", "sigmoid",
+    "tanh", "hardsigmoid", "hardswish", "batchnorm2d", "dropout", "dropout2d", "stochasticdepth",
+    "identity", "add", "sub", "mul", "truediv", "cat",
+    "adaptiveavgpool2d",                    # to the size that the map has
 }
-SHAPES = {"size", "shape", "dim", "ndim", "numel", "dtype", "device"}   # these hold no pixels
+NO_PIXELS = (int, torch.Size, torch.dtype, torch.device)    # such as x.size(0), x.shape
 
-# What a node of the graph does. operation: a name as above; inputs: those tensors it is given that
-# depend on the images; settings: its arguments by name.
-Call = namedtuple("Call", "place operation inputs settings")
+# F.max_pool2d(x, 2) has the arguments of nn.MaxPool2d(2), after x.
+POOLING = {"max_pool2d": nn.MaxPool2d, "avg_pool2d": nn.AvgPool2d}
 
-# A row of the table. shape: of the output, per image.
-Row = namedtuple("Row", "place shape window field measured parameters multiply_adds")
+# What a node does. layer: its name in the table; function: "Conv2d", "add" and so on; module: the
+# nn.Module that it calls, or None; inputs: the values it takes that depend on the images; fields:
+# the fields of the inputs.
+Call = namedtuple("Call", "layer function module inputs fields")
+
+# A row of the table. shape: of the output, per image; window: as find_window returns it.
+Row = namedtuple("Row", "layer shape window field measured parameters multiply_adds")
 
 
-def field_after(call: Call, fields: list, result):
-    """The field of a result, from the fields of the inputs."""
-    if NOT_FOLLOWED in fields or not isinstance(result, Tensor):
+class Follower(torch.fx.Interpreter):
+    """Runs a traced network node by node and collects the rows of the table."""
+
+    def __init__(self, traced, images):
+        super().__init__(traced)
+        self.extra_traceback = False                    # keeps an error's text as it is
+        self.images = images
+        first = next(iter(traced.graph.nodes))          # it stands for the images
+        self.fields = {first: (PIXEL, PIXEL)}           # of the nodes that depend on the images
+        self.counted = set()                            # the parameters of the rows
+        self.shown = None                               # shape and field of the last row
+        self.rows = []
+
+    def run_node(self, node):
+        """Run one node and find its field. torch.fx calls this for each node in turn."""
+        self.node = node                                # kept for the debugger
+        result = super().run_node(node)
+        call = self.describe(node)
+        if call.inputs and node.op != "output" and not isinstance(result, NO_PIXELS):
+            window = self.find_window(call)
+            self.fields[node] = self.find_field(call, window, result)
+            self.add_row(call, window, self.fields[node], result)
+        return result
+
+    def describe(self, node):
+        """What does this node do?"""
+        module = None
+        function = getattr(node.target, "__name__", str(node.target))
+        if node.op == "call_module":
+            module = self.fetch_attr(node.target)
+            function = type(module).__name__
+        layer = function
+        for path, _ in node.meta.get("nn_module_stack", {}).values():
+            layer = f"{path} {function}"                # the innermost module comes last
+        sources = [source for source in node.all_input_nodes if source in self.fields]
+        inputs = [self.env[source] for source in sources]
+        fields = [self.fields[source] for source in sources]
+        return Call(layer, function, module, inputs, fields)
+
+    def find_window(self, call):
+        """Kernel, stride, padding and dilation of a convolution or a pooling: a pair each, for
+        height and width. None for any other operation."""
+        module = call.module
+        if call.function in POOLING and self.node.args:
+            args, kwargs = self.fetch_args_kwargs_from_env(self.node)
+            module = POOLING[call.function](*args[1:], **kwargs)
+        if not isinstance(module, (nn.Conv2d, nn.MaxPool2d, nn.AvgPool2d)):
+            return None
+        if getattr(module, "padding_mode", "zeros") != "zeros":
+            return None                     # the padding repeats pixels from inside the map
+        kernel = pair(module.kernel_size)
+        dilation = pair(getattr(module, "dilation", 1))
+        padding = module.padding
+        if padding == "valid":
+            padding = 0
+        elif padding == "same":             # if the sum is odd, the end gets one pixel more
+            padding = [dilation[i] * (kernel[i] - 1) // 2 for i in range(2)]
+        return kernel, pair(module.stride), pair(padding), dilation
+
+    def find_field(self, call, window, result):
+        """The field of a result, from the fields of the inputs."""
+        if NOT_FOLLOWED in self.fields.values() or not isinstance(result, Tensor):
+            return NOT_FOLLOWED
+        if call.function.endswith("_") or "out" in self.node.kwargs:
+            return NOT_FOLLOWED             # it changes a tensor, which other nodes may hold
+        if GLOBAL in call.fields:
+            return GLOBAL
+        operation = call.function.replace("_", "").lower()
+        if operation in GATHER and result.shape[2:].numel() == 1:       # N×C or N×C×1×1
+            return GLOBAL
+        if window:
+            return tuple(map(slide, call.fields[0], *window))           # height, then width
+
+        stays = operation in STAY
+        if isinstance(call.module, nn.BatchNorm2d):
+            stays = call.module.running_mean is not None    # else it takes the mean of the map
+        if stays and all(value.shape[2:] == result.shape[2:] for value in call.inputs):
+            return smallest_around(call.fields)
         return NOT_FOLLOWED
-    if GLOBAL in fields or call.operation in WHOLE_MAP:
-        return GLOBAL
-    if call.operation in GATHER and result.shape[2:].numel() == 1:      # N×C or N×C×1×1
-        return GLOBAL
-    if call.operation in SLIDE and slides_over_images(call):
-        return tuple(map(slide, fields[0], *window_of(call.settings)))  # height, then width
-    if call.operation in STAY and positions_stay(call, result):
-        return smallest_around(fields)
-    return NOT_FOLLOWED
+
+    def add_row(self, call, window, field, result):
+        """Add a row if shape or field are new, or if there are parameters or multiply-adds."""
+        shape = tuple(getattr(result, "shape", ()))[1:]
+        new = set()
+        if call.module:
+            new = set(call.module.parameters()) - self.counted
+            self.counted |= new
+        parameters = sum(parameter.numel() for parameter in new)
+        multiply_adds = 0
+        if isinstance(call.module, (nn.Conv2d, nn.Linear)):
+            weights = call.module.weight[0].numel()     # of one output number
+            multiply_adds = math.prod(shape) * weights
+        if parameters or multiply_adds or (shape, field) != self.shown:
+            self.shown = (shape, field)
+            measured = measure(result, field, self.images)
+            self.rows.append(Row(call.layer, shape, window, field, measured, parameters,
+                                 multiply_adds))
 
 
-def slides_over_images(call: Call) -> bool:
-    """False if the images are the filter, or if the padding is not made of zeros."""
-    only_input = len(call.inputs) == 1 and call.inputs[0] is call.settings["input"]
-    return only_input and call.settings.get("padding_mode", "zeros") == "zeros"
+def pair(setting):
+    """3 means 3×3."""
+    if isinstance(setting, int):
+        return setting, setting
+    return setting[0], setting[-1]
 
 
-def positions_stay(call: Call, result: Tensor) -> bool:
-    """Do all inputs have the images, the height and the width of the result?"""
-    if call.operation == "batchnorm2d" and "running_mean" not in call.settings:
-        return False                        # in evaluation, too, it takes the mean of the map
-    for tensor in call.inputs:
-        if tensor.shape[:1] != result.shape[:1] or tensor.shape[2:] != result.shape[2:]:
-            return False
-    return True
-
-
-def writes_in_place(node, place: str) -> bool:
-    """Does it change one of its arguments, as add_() and copy_() do? Other nodes may hold it."""
-    if "out" in node.kwargs:
-        return True
-    return node.op in ("call_function", "call_method") and place.endswith("_")
-
-
-def smallest_around(fields: list):
+def smallest_around(fields):
     """The smallest field around all of these, where branches meet."""
     around = []
     for axes in zip(*fields):               # all heights, then all widths
@@ -192,103 +263,7 @@ def smallest_around(fields: list):
     return tuple(around)
 
 
-# ---- Running the graph ------------------------------------------------------------------------
-
-class Follower(torch.fx.Interpreter):
-    """Runs a traced network node by node and collects the rows of the table."""
-
-    def __init__(self, traced, images: Tensor):
-        super().__init__(traced)
-        self.extra_traceback = False        # torch.fx would add it to the text of an error
-        self.images = images
-        self.fields = {}                    # of the nodes whose values depend on the images
-        self.overwritten = False            # was a tensor changed in place?
-        self.counted = set()                # the parameters used so far
-        self.new_parameters = 0             # how many numbers of them no row has yet
-        self.latest = None                  # shape and field of the last row
-        self.rows = []
-
-    def run_node(self, node):
-        """Run one node and find its field. torch.fx calls this for each node in turn."""
-        self.call = self.describe(node)     # kept for the debugger
-        result = super().run_node(node)
-        if node.op == "output":
-            return result
-        if node.op == "placeholder":
-            if not self.fields:             # the first argument: the images
-                self.fields[node] = (PIXEL, PIXEL)
-            return result
-
-        self.count_parameters(node, result)
-        if writes_in_place(node, self.call.place):
-            self.overwritten = True
-        fields = [self.fields[source] for source in self.sources(node)]
-        if fields and self.call.operation not in SHAPES:
-            field = field_after(self.call, fields, result)
-            if self.overwritten:
-                field = NOT_FOLLOWED
-            self.fields[node] = field
-            if isinstance(result, Tensor):
-                self.add_row(self.call, field, result)
-        return result
-
-    def sources(self, node) -> list:
-        """The nodes whose values this one is given, as far as they depend on the images."""
-        return [source for source in node.all_input_nodes if source in self.fields]
-
-    def describe(self, node) -> Call:
-        """Collect what the functions above want to know about a node."""
-        args, kwargs = self.fetch_args_kwargs_from_env(node)
-        if node.op == "call_module":
-            layer = self.fetch_attr(node.target)
-            name = type(layer).__name__.removeprefix("Lazy")
-            place = f"{node.target} {name}"
-            settings = vars(layer) | dict(layer.named_parameters()) | dict(layer.named_buffers())
-        else:
-            name = getattr(node.target, "__name__", str(node.target))
-            if name == "getattr":
-                name = args[1]              # x.shape is getattr(x, "shape")
-            place = name
-            for path, kind in node.meta.get("nn_module_stack", {}).values():
-                place = f"{path} {kind.__name__} {name}"        # the innermost module comes last
-            settings = {}
-        operation = name.replace("_", "").lower()
-        settings = settings | dict(zip(ARGUMENTS.get(operation, ["input"]), args)) | kwargs
-        values = [self.env[source] for source in self.sources(node)]
-        inputs = [value for value in values if isinstance(value, Tensor)]
-        return Call(place, operation, inputs, settings)
-
-    def count_parameters(self, node, result) -> None:
-        """Count the parameters that this node is the first to use."""
-        parameters = []
-        if node.op == "call_module":
-            parameters = self.fetch_attr(node.target).parameters()
-        elif isinstance(result, nn.Parameter):      # the node fetches self.weight
-            parameters = [result]
-        for parameter in parameters:
-            if parameter not in self.counted:
-                self.counted.add(parameter)
-                self.new_parameters += parameter.numel()
-
-    def add_row(self, call: Call, field, result: Tensor) -> None:
-        """Add a row, if shape or field are new, or if there are parameters or multiply-adds."""
-        shape = tuple(result.shape[1:])
-        window = None
-        if call.operation in SLIDE:
-            window = window_of(call.settings)
-        multiply_adds = 0
-        if call.operation in ("conv2d", "linear"):  # each output number: one per weight
-            outputs = result.numel() // len(self.images)
-            multiply_adds = outputs * call.settings["weight"][0].numel()
-        if self.new_parameters or multiply_adds or (shape, field) != self.latest:
-            measured = measure(result, field, self.images)
-            self.rows.append(Row(call.place, shape, window, field, measured, self.new_parameters,
-                                 multiply_adds))
-            self.new_parameters = 0
-            self.latest = (shape, field)
-
-
-def follow(network: nn.Module, input_shape) -> tuple:
+def follow(network, input_shape):
     """Send images C×H×W through a copy of the network.
 
     Returns the rows of the table and None; or the rows up to the layer that fails, and the problem
@@ -296,69 +271,33 @@ def follow(network: nn.Module, input_shape) -> tuple:
     """
     if len(input_shape) != 3 or min(input_shape) < 1:
         return [], f"rf.py takes images C×H×W, such as 1x28x28, not {times(input_shape)}"
-    _, height, width = input_shape
-    if height + width <= 128:
+    images = torch.zeros(2, *input_shape)
+    if sum(input_shape[1:]) <= 128:         # to measure larger images would take minutes
         images = ink(input_shape)
-    else:
-        images = torch.zeros(2, *input_shape)       # to measure large images would take minutes
 
     try:
         network = copy.deepcopy(network).cpu().float().eval()
+        if not list(network.children()):
+            network = nn.Sequential(network)            # a lone layer
         follower = Follower(torch.fx.symbolic_trace(network), images)
-    except Exception as error:                      # of many types
+    except Exception as error:                          # of many types
         return [], f"torch.fx cannot copy and trace this network: {reason(error)}"
+    rows = follower.rows
     try:
         # NNPACK, which some machines use for convolutions, works on blocks and smears the ink.
         with torch.no_grad(), torch.backends.nnpack.flags(enabled=False):
             result = follower.run(images)
     except Exception as error:
-        return follower.rows, f"{follower.call.place} {diagnose(follower.call, error)}"
+        call = follower.describe(follower.node)
+        return rows, f"{call.layer} {diagnose(call, error)}"
 
     if isinstance(result, Tensor) and result.dim() == 2 and len(result) != len(images):
-        return follower.rows, (f"the network mixes the images: {len(images)} of them give "
-                               f"{len(result)} results. Write torch.flatten(x, 1), not view")
-    unused = networks.count_parameters(network) - sum(row.parameters for row in follower.rows)
-    if unused:
-        follower.rows.append(Row("not used", (), None, "", "", unused, 0))
-    return follower.rows, None
-
-
-# ---- The settings of layers and functions -----------------------------------------------------
-
-# The names of the arguments, in the functions' order.
-ARGUMENTS = {
-    "conv2d": ["input", "weight", "bias", "stride", "padding", "dilation"],
-    "maxpool2d": ["input", "kernel_size", "stride", "padding", "dilation"],
-    "avgpool2d": ["input", "kernel_size", "stride", "padding"],
-    "linear": ["input", "weight"],
-}
-
-# Each a pair, for height and width.
-Window = namedtuple("Window", "kernel stride padding dilation")
-
-
-def window_of(settings: dict) -> Window:
-    """The window of a convolution or a pooling."""
-    if "weight" in settings:                # a convolution
-        kernel = pair(settings["weight"].shape[2:])
-        stride = settings.get("stride", 1)
-    else:
-        kernel = pair(settings["kernel_size"])
-        stride = settings.get("stride") or kernel
-    dilation = pair(settings.get("dilation", 1))
-    padding = settings.get("padding", 0)
-    if padding == "valid":
-        padding = 0
-    elif padding == "same":                 # if it is odd, the end gets one pixel more
-        padding = [dilation[i] * (kernel[i] - 1) // 2 for i in range(2)]
-    return Window(kernel, pair(stride), pair(padding), dilation)
-
-
-def pair(setting) -> tuple[int, int]:
-    """3 means 3×3."""
-    if isinstance(setting, int):
-        return setting, setting
-    return setting[0], setting[-1]
+        return rows, (f"the network mixes the images: {len(images)} of them give {len(result)} "
+                      "results. Write torch.flatten(x, 1), not view")
+    for name, parameter in network.named_parameters():
+        if parameter not in follower.counted:           # a function uses it, or nothing does
+            rows.append(Row(name, parameter.shape, None, "", "", parameter.numel(), 0))
+    return rows, None
 
 
 # ---- Ink: what a unit really sees -------------------------------------------------------------
@@ -367,10 +306,9 @@ def pair(setting) -> tuple[int, int]:
 # maximum of NaN and 5. A bright value would not do: negative weights can cancel it, and a maximum
 # can ignore it.
 #
-# Rows and columns can be measured separately: one image for each row
-# and one for each column, H + W in all.
+# Each row and each column has its own image.
 
-def ink(input_shape) -> Tensor:
+def ink(input_shape):
     """(H + W)×C×H×W: image y has ink in row y, image H + x has ink in column x."""
     channels, height, width = input_shape
     images = torch.zeros(height + width, channels, height, width)
@@ -381,26 +319,24 @@ def ink(input_shape) -> Tensor:
     return images
 
 
-def measure(result: Tensor, field, images: Tensor) -> str:
+def measure(result, field, images):
     """How many rows and columns a unit sees at most, and how all units compare with the field."""
     height, width = images.shape[2:]
-    if height + width != len(images) or field == NOT_FOLLOWED:
-        return ""                                   # there is no ink, or nothing to compare with
-    if result.dim() not in (2, 4) or len(result) != len(images):
-        return ""
+    if field == NOT_FOLLOWED or result.dim() < 2:
+        return ""                                       # nothing to compare with, or no units
+    if not len(result) == len(images) == height + width:
+        return ""                                       # mixed images, or no ink
     stained = result.isnan()
-    rows = stained[:height]                         # pixels × units
-    columns = stained[height:]
-    if result.dim() == 4:
-        rows = rows.any(dim=3).any(dim=1)           # a unit has all channels
-        columns = columns.any(dim=2).any(dim=1)
+    if field == GLOBAL:
+        field = Axis(0, height, 0), Axis(0, width, 0)
+        stained = stained.flatten(1)[:, :, None, None]  # one unit, which may see all pixels
+    rows = stained[:height].any(dim=3).any(dim=1)       # pixels × units
+    columns = stained[height:].any(dim=2).any(dim=1)
 
     most = []
     sign = "="
-    for i, seen in enumerate([rows.T, columns.T]):  # units × pixels
-        inside = torch.ones_like(seen)
-        if field != GLOBAL:
-            inside = field_pixels(field[i], *seen.shape)
+    for axis, seen in zip(field, [rows.T, columns.T]):  # units × pixels
+        inside = field_pixels(axis, *seen.shape)
         most.append(int(seen.sum(dim=1).max()))
         if (inside & ~seen).any() and sign == "=":
             sign = "<"
@@ -409,7 +345,7 @@ def measure(result: Tensor, field, images: Tensor) -> str:
     return f"{both(most)} {sign}"
 
 
-def field_pixels(axis: Axis, units: int, pixels: int) -> Tensor:
+def field_pixels(axis, units, pixels):
     """units × pixels: which pixels are in the receptive field of which unit?"""
     start = axis.start + axis.jump * torch.arange(units)[:, None]
     pixel = torch.arange(pixels)
@@ -420,17 +356,21 @@ def field_pixels(axis: Axis, units: int, pixels: int) -> Tensor:
 
 HEADER = ("layer", "output", "window", "jump", "RF", "start", "measured", "parameters",
           "multiply-adds")
+LINE = "{:{width}}  {:11} {:14} {:>4} {:>12} {:>6} {:>9} {:>11} {:>14}"
 
 
-def explain(network: nn.Module, input_shape) -> str | None:
+def explain(network, input_shape):
     """Print the table and the totals of a network for images of shape C×H×W.
 
-    If the network cannot take them, print the table up to the layer that fails, then the problem
-    on stderr, and return it: one line, with what helps.
+    If a layer fails, print the table up to this layer and, on stderr, the problem in one line with
+    what helps. Return the problem, or None.
     """
     rows, problem = follow(network, input_shape)
     if rows:
-        print_table([HEADER] + [cells(row) for row in rows])
+        width = max(len(row.layer) for row in rows)
+        print(LINE.format(*HEADER, width=width))
+        for row in rows:
+            print(LINE.format(*cells(row), width=width))
     if problem:
         print(f"error: {problem}", file=sys.stderr)
         return problem
@@ -438,85 +378,74 @@ def explain(network: nn.Module, input_shape) -> str | None:
     multiply_adds = sum(row.multiply_adds for row in rows)
     print(f"\n{parameters:,} parameters, {multiply_adds:,} multiply-adds per image in "
           "convolutions and linear layers")
-    return None
 
 
-def print_table(lines: list) -> None:
-    width = max(len(line[0]) for line in lines)
-    for place, output, window, jump, size, start, measured, parameters, multiply_adds in lines:
-        print(f"{place:{width}}  {output:11} {window:14} {jump:>4} {size:>12} {start:>6} "
-              f"{measured:>9} {parameters:>11} {multiply_adds:>14}")
-
-
-def cells(row: Row) -> tuple:
+def cells(row):
     """A row of the table as texts."""
     window = jump = start = ""
     size = row.field
     if row.window:
-        kernel, stride, padding, dilation = row.window
-        window = f"k{both(kernel)} s{both(stride)} p{both(padding)}"
-        if dilation != (1, 1):
-            window += f" d{both(dilation)}"
+        kernel, stride, padding, dilation = [both(numbers) for numbers in row.window]
+        window = f"k{kernel} s{stride} p{padding}"
+        if dilation != "1":
+            window += f" d{dilation}"
     if isinstance(row.field, tuple):
         height, width = row.field
-        jump = both([height.jump, width.jump])
-        size = both([height.size, width.size])
-        start = both([height.start, width.start])
-    return (row.place, times(row.shape), window, jump, size, start, row.measured,
+        jump, size, start = [both(numbers) for numbers in zip(height, width)]
+    return (row.layer, times(row.shape), window, jump, size, start, row.measured,
             f"{row.parameters:,}", f"{row.multiply_adds:,}")
 
 
-def both(pair) -> str:
+def both(numbers):
     """Height x width, or one number if they agree."""
-    if pair[0] == pair[1]:
-        return str(pair[0])
-    return times(pair)
+    if numbers[0] == numbers[1]:
+        return str(numbers[0])
+    return times(numbers)
 
 
-def times(shape) -> str:
+def times(shape):
     return "x".join(str(size) for size in shape)
 
 
 # ---- The shape debugger -----------------------------------------------------------------------
 
-def diagnose(call: Call, error: Exception) -> str:
+def diagnose(call, error):
     """What an operation that failed wanted, what it got, and what helps. One line."""
     said = reason(error)
-    if not call.inputs:
+    shapes = [tuple(tensor.shape[1:]) for tensor in call.inputs if isinstance(tensor, Tensor)]
+    if not shapes or not shapes[0]:
         return f"fails: {said}"
-    operation = call.operation
-    shape = tuple(call.inputs[0].shape[1:])         # per image
+    shape = shapes[0]                               # per image
     got = times(shape)
 
     # First the number of axes: where that is wrong, no other number of channels helps.
-    if operation[-2:] in ("1d", "3d") and len(shape) == 3:
+    if call.function.endswith(("1d", "3d")) and len(shape) == 3:
         return f"does not take maps C×H×W, got {got}: layers for maps end in 2d"
-    if operation.endswith("2d") and len(shape) == 1:
+    if call.function.endswith("2d") and len(shape) == 1:
         return f"wants a map C×H×W, got {got} numbers in a row: put it before nn.Flatten()"
-    if operation == "linear" and len(shape) == 3:
+    if call.function == "Linear" and len(shape) == 3:
         return f"wants numbers in a row, got the map {got}: put nn.Flatten() before it"
 
     for name, axis in (("in_features", -1), ("in_channels", 0), ("num_features", 0)):
-        wanted = call.settings.get(name, shape[axis])
+        wanted = getattr(call.module, name, shape[axis])
         if wanted != shape[axis]:
             return f"has {name}={wanted}, got {got}. Write {name}={shape[axis]}"
     if "too small" in said or "can't be greater than actual input size" in said:
         return f"does not fit a {times(shape[1:])} map: pool less, or take a larger image"
-    if operation in ("view", "reshape"):
+    if call.function in ("view", "reshape"):
         return f"does not suit {got}: torch.flatten(x, 1) takes any size ({said})"
-    if operation in ("add", "sub", "mul", "cat") and len(call.inputs) == 2:
-        other = times(call.inputs[1].shape[1:])
-        return (f"cannot join {got} and {other}: give both branches the same padding and strides, "
-                "and for a sum the same channels")
+    if call.function in ("add", "mul", "cat") and len(shapes) == 2:
+        return (f"cannot join {got} and {times(shapes[1])}: give both branches the same padding "
+                "and strides, and for a sum the same channels")
     return f"fails: {said}"
 
 
 # ---- The effective receptive field ------------------------------------------------------------
 #
-# Not every pixel of the field counts as much. The gradient of a unit with respect to the pixels
+# The pixels of the field do not count equally. The gradient of a unit with respect to the pixels
 # says how much the unit changes with each of them. A pixel in the middle reaches the unit on many
-# paths through the layers, a pixel at the edge on few: the result is roughly a Gaussian (Luo et
-# al., 2016).
+# paths through the layers, a pixel at the edge on few. So the gradient is roughly a Gaussian (Luo
+# et al., 2016).
 
 def effective_field(network: nn.Module, images: Tensor, layer: str) -> Tensor:
     """|d unit / d pixel| for the centre unit of a layer's map: H×W numbers with the sum 1.
@@ -541,50 +470,53 @@ def effective_field(network: nn.Module, images: Tensor, layer: str) -> Tensor:
     return amount / amount.sum()
 
 
-def draw_fields(candidates: dict, inputs: dict, input_shape, path) -> None:
+def draw_fields(candidates, inputs, input_shape, path):
     """Print and draw the effective field of each network on each kind of input, both by name."""
     rows, _ = follow(candidates["fresh"], input_shape)
-    known = [row for row in rows if row.place.endswith(" Conv2d") and isinstance(row.field, tuple)]
+    known = [row for row in rows if row.layer.endswith(" Conv2d") and isinstance(row.field, tuple)]
     if not known:
-        raise UserError("--erf: the network has no convolution whose receptive field is known")
+        raise UserError("the network has no convolution whose receptive field is known: no picture")
     last = known[-1]
-    rows = []
+    picture_rows = []
     for name, network in candidates.items():
-        row = []
+        picture_row = []
         for kind, images in inputs.items():
-            amount = effective_field(network, images, last.place.split()[0])
+            amount = effective_field(network, images, last.layer.split()[0])
             sums = amount.flatten().sort(descending=True).values.cumsum(dim=0)
             pixels = int((sums < 0.5).sum()) + 1
             result = f"half of the gradient in {pixels} of {amount.numel()} pixels"
             print(f"{name} network, {kind}: {result}")
-            row.append((outlined(amount, last), f"{name} network, {kind}:\n{result}"))
-        rows.append(row)
-    gallery(rows, path, zoom=1,
-            title=f"What moves the centre unit of {last.place} (grey: image, blue: receptive field)")
+            picture_row.append((outlined(amount, last), f"{name} network, {kind}:\n{result}"))
+        picture_rows.append(picture_row)
+    gallery(picture_rows, path, zoom=1, title=f"What moves the centre unit of {last.layer}\n"
+            "Grey: the image, blue: the receptive field of the unit")
     print(f"picture: {path}")
 
 
-def outlined(amount: Tensor, row: Row) -> Image.Image:
-    """An effective field as a picture, with two outlines: the image, and the receptive field of the
-    centre unit, which may reach into the padding."""
+def outlined(amount, row):
+    """An effective field as a picture. Grey lines go around the image, blue ones around the
+    receptive field of the centre unit, which may reach into the padding."""
     height, width = amount.shape
-    across = row.field[1]
-    down = row.field[0]
-    left = across.start + across.jump * (row.shape[2] // 2)
+    down, across = row.field
     top = down.start + down.jump * (row.shape[1] // 2)
-    window = [left, top, left + across.size, top + down.size]
-    margin = 1 + max(0, -left, -top, window[2] - width, window[3] - height)
+    left = across.start + across.jump * (row.shape[2] // 2)
+    bottom = top + down.size
+    right = left + across.size
+    margin = 1 + max(0, -top, -left, bottom - height, right - width)
 
     plane = F.pad(amount, [margin] * 4)
     zoom = max(1, 400 // len(plane))
-    picture = heat(plane, plane.max()).resize((zoom * plane.shape[1], zoom * plane.shape[0]), Image.NEAREST)
+    picture = heat(plane, plane.max())
+    picture = picture.resize((zoom * picture.width, zoom * picture.height), Image.NEAREST)
     draw = ImageDraw.Draw(picture)
-    for box, colour in (([0, 0, width, height], "#888888"), (window, "#0050ff")):
-        draw.rectangle([zoom * (edge + margin) for edge in box], outline=colour, width=2)
+    image = [0, 0, width, height]
+    field = [left, top, right, bottom]
+    draw.rectangle([zoom * (margin + edge) for edge in image], outline="grey", width=2)
+    draw.rectangle([zoom * (margin + edge) for edge in field], outline="blue", width=2)
     return picture
 
 
-def make_inputs(input_shape, data_dir) -> dict:
+def make_inputs(input_shape, data_dir):
     """Images by name: white noise, and digits for a network that takes them."""
     count = 1 + 10**6 // math.prod(input_shape)     # a million pixels
     inputs = {}
@@ -600,12 +532,12 @@ def make_inputs(input_shape, data_dir) -> dict:
 
 # ---- Command line -----------------------------------------------------------------------------
 
-def shape(text: str) -> tuple[int, ...]:
+def shape(text):
     """A type for argparse: "1x28x28" -> (1, 28, 28)."""
     return tuple(int(size) for size in text.split("x"))
 
 
-def make_parser() -> digits.Parser:
+def make_parser():
     parser = digits.Parser(prog="rf.py", description="Receptive fields, computed and measured.")
     which = parser.add_mutually_exclusive_group()
     which.add_argument("--model", choices=networks.NETWORKS, default="default",
@@ -617,12 +549,13 @@ def make_parser() -> digits.Parser:
                         help="the shape of an image, such as 1x20x20")
     parser.add_argument("--erf", action="store_true", help="draw the effective receptive field")
     parser.add_argument("--out", type=digits.png_path, default="rf.png", help="its picture")
-    parser.add_argument("--data-dir", type=digits.user_path, default="data",
-                        help="where MNIST is; --erf takes synthetic digits if it is not there")
+    parser.add_argument("--data-dir", type=digits.user_path,
+                        help="where MNIST is; none: where the run found it, or data/. If it is not "
+                             "there, --erf takes synthetic digits")
     return parser
 
 
-def torchvision_network(name: str) -> nn.Module:
+def torchvision_network(name):
     """One of torchvision's classifiers with random weights."""
     from torchvision import models          # it takes a second, so only where it is needed
     if name not in models.list_models(models):
@@ -630,28 +563,28 @@ def torchvision_network(name: str) -> nn.Module:
     return models.get_model(name)
 
 
-def main() -> None:
+def main():
     args = make_parser().parse_args()
     torch.manual_seed(0)                    # the same weights and the same noise each time
-    candidates = {}
+    data_dir = args.data_dir
     if args.torchvision:
+        candidates = {"fresh": torchvision_network(args.torchvision)}
         input_shape = (3, 224, 224)
-        candidates["fresh"] = torchvision_network(args.torchvision)
     elif args.run:
         run = load_run(args.run)
+        candidates = {"fresh": build_from(run.args), "trained": run.network}
+        data_dir = data_dir or run.args.data_dir
         input_shape = networks.input_shape(run.args.model)
-        candidates["fresh"] = build_from(run.args)
-        candidates["trained"] = run.network
     else:
+        candidates = {"fresh": build_from(parse_args(["--model", args.model]))}
         input_shape = networks.input_shape(args.model)
-        candidates["fresh"] = networks.build(args.model)
     input_shape = args.input or input_shape
 
     problem = explain(candidates["fresh"], input_shape)
     if problem:
         raise SystemExit(2)
     if args.erf or args.run:
-        inputs = make_inputs(input_shape, args.data_dir)
+        inputs = make_inputs(input_shape, Path(data_dir or "data"))
         draw_fields(candidates, inputs, input_shape, args.out)
 
 
