@@ -168,7 +168,7 @@ def report_sweep(args, data) -> None:
     chart([{
         "title": title, "x_title": "learning rate", "y_title": "training loss", "log_x": True,
         "y_range": (lowest_loss - margin, first_loss + 2 * margin), "marks": marks,
-        "lines": {"each batch": (rates, losses), "smoothed": (rates, curve)},
+        "lines": {"smoothed": (rates, curve), "each batch": (rates, losses)},
     }], path)
     print(f"{title}: {len(rates)} steps, loss {first_loss:.2f} at first, "
           f"{lowest_loss:.2f} at its lowest")
