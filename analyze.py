@@ -91,6 +91,7 @@ def calibration(logits: Tensor, labels: Tensor, bins=15) -> tuple[float, float]:
     difference = 0.0
     for i in range(bins):
         in_bin = bin_of_image == i
+        # images of the bin · difference of the two means = difference of the two sums
         difference += abs(confidence[in_bin].sum() - right[in_bin].sum()).item()
     return confidence.mean().item(), difference / len(labels)
 
@@ -123,11 +124,11 @@ def print_table(table: Tensor) -> None:
     print("precision, %" + "".join(f"{precision:>6}" for precision in precisions))
 
 
-def percent(part: int, whole: int, digits=2) -> str:
+def percent(part: int, whole: int, decimals=2) -> str:
     """Return a share in percent. A class without images in the test set has no recall: "-"."""
     if whole == 0:
         return "-"
-    return f"{100 * part / whole:.{digits}f}"
+    return f"{100 * part / whole:.{decimals}f}"
 
 
 def most_confused(table: Tensor, limit=5) -> list[tuple[int, int, int]]:
@@ -186,7 +187,7 @@ def rank_labels(logits: Tensor, labels: Tensor) -> list[Suspect]:
     """Return all N images, the least believed label first, from logits R×N×K of R runs.
 
     other     the most probable of the other classes
-    margin    probability of the label less that of `other`, averaged over the runs. At 1 all runs
+    margin    probability of the label minus that of `other`, averaged over the runs. At 1 all runs
               are certain of the label, below 0 it is an error, at -1 all runs are certain that the
               label is wrong (Northcutt, Jiang, Chuang, 2021).
     """
@@ -368,7 +369,7 @@ def draw_evidence(run, images: Tensor, path) -> None:
     """Draw one row per image: the image, then the evidence map of each class and its sum."""
     all_maps = evidence_maps(run.network, normalize(images, run.mean, run.std))
     if all_maps is None:
-        print("no evidence maps: only an nn.Sequential that ends in global average pooling has them")
+        print("no evidence maps: they need an nn.Sequential that ends in global average pooling")
         return
     rows = []
     for image, maps in zip(images, all_maps):
@@ -524,7 +525,7 @@ def save_png(picture, path):
 COLOURS = ("#1f6fb4", "#d9622b", "#2e8b57", "#8e44ad", "#b8860b", "#008b8b", "#c2185b", "#555555")
 
 # Values from low to high lie at the pixels from first to last. On a logarithmic axis low and high
-# are powers of ten. If all values are whole numbers, such as epochs, so are the ticks.
+# are exponents of ten. If all values are whole numbers, such as epochs, so are the ticks.
 Axis = namedtuple("Axis", "low high first last log whole")
 
 
@@ -613,7 +614,7 @@ def make_axis(values, first, last, log=False):
 
 
 def scaled(values, log):
-    """Return values as an array, on a logarithmic axis in powers of ten."""
+    """Return values as an array; for a logarithmic axis their logarithms to base ten."""
     values = np.array(values, dtype=float)
     if log:
         with np.errstate(all="ignore"):              # log(0) is -inf, which leaves a gap
@@ -679,7 +680,7 @@ def report_run(folder: Path, data_dir) -> None:
     logits = report(folder, runs[0], data)
     print()
     found = rank_labels(logits[None], labels)
-    draw_suspects(found, images, out / "failures.png")
+    draw_suspects(found, images, out / "failures.png")       # the least believed are mostly errors
     draw_augmented(data.train[0][0], out / "augmented.png")
     worst = [suspect.index for suspect in found[:4]]
     draw_evidence(runs[0], images[[0, 1, 2, 3] + worst], out / "features.png")
@@ -709,14 +710,16 @@ def last_run() -> Path:
 def main() -> None:
     parser = Parser(prog="analyze.py", description="What a trained network gets wrong, and why.")
     which = parser.add_mutually_exclusive_group()
-    which.add_argument("--run", type=user_path, metavar="FOLDER", help="a run; none: the last one")
+    which.add_argument("--run", type=user_path, metavar="FOLDER",
+                       help="a run; not given: the last one")
     which.add_argument("--compare", type=user_path, nargs=2, metavar="FOLDER",
                        help="two runs: is one better?")
     which.add_argument("--suspects", type=user_path, nargs="+", metavar="FOLDER",
                        help="one or more runs: which test labels may be wrong?")
     parser.add_argument("--image", type=user_path, metavar="FILE",
                         help="a picture of one digit: what does the run read?")
-    parser.add_argument("--data-dir", type=user_path, help="none: where the run found its data")
+    parser.add_argument("--data-dir", type=user_path,
+                        help="not given: where the run found its data")
     args = parser.parse_args()
 
     if args.compare:

@@ -10,6 +10,8 @@ DataLoader and no Python code per image: that is why an epoch is fast.
     for images, labels in digits.batches(*data.train, batch_size=64):    # uint8 N×1×28×28, int64 N
         inputs = digits.normalize(digits.augment(images), data.mean, data.std)
 
+(The scripts call this module `digits`, because `data` is the data set.)
+
     python data.py                  fetches MNIST if it is not there, and prints what it is
     python data.py --data fashion   another data set
 """
@@ -44,7 +46,7 @@ from torch import Tensor
 class Data(NamedTuple):
     """Everything that training needs, on one device.
 
-    train, val and test are pairs: images, uint8 N×C×H×W, and labels, int64 N, from 0 to classes - 1.
+    train, val and test are pairs: images, uint8 N×C×H×W, and labels, int64 N, 0 to classes - 1.
     Hyper-parameters are chosen on `val`, training images that are held out (there may be none).
     Results are reported on `test`. A test set that helped to choose no longer tells how well the
     network reads new digits.
@@ -115,7 +117,8 @@ def normalize(images: Tensor, mean: Tensor, std: Tensor) -> Tensor:
 # network then ends its training on digits as they are, like those of the test.
 
 class Ranges(NamedTuple):
-    """How far images are varied. Each image draws its own numbers from these ranges."""
+    """How far images are varied, and how often they are cropped and erased. Each image draws its
+    own numbers."""
     rotate: float = 0             # degrees, to the left or to the right
     rotate_again: float = 0       # a second turn: N1 rotates twice
     shift: float = 0              # a share of the image's side, in each direction
@@ -149,8 +152,8 @@ def augment(images: Tensor, recipe="default", strength=1.0) -> Tensor:
     if recipe == "none" or strength == 0:
         return images
 
-    # One draw for the whole batch: a row for each kind of variation, a column for each image.
-    # (random_erase draws the rectangles itself.)
+    # One draw for the whole batch: a column for each image and 9 rows, two of them for the shift in
+    # x and in y, one for each other range. (random_erase draws the rectangles itself.)
     draws = torch.rand(9, len(images), device=images.device)             # between 0 and 1
     signed = 2 * draws - 1                                               # between -1 and 1
     degrees = ranges.rotate * signed[0] + ranges.rotate_again * signed[1]
@@ -166,7 +169,7 @@ def augment(images: Tensor, recipe="default", strength=1.0) -> Tensor:
     unchanged = torch.eye(2, 3, device=images.device)
     images = warp(images, unchanged + strength * (matrices - unchanged))
 
-    if ranges.blur:
+    if ranges.blur:                       # from sigma 0.1, which changes nothing: 0 would give 0/0
         images = gaussian_blur(images, 0.1 + strength * (ranges.blur - 0.1) * draws[7])
     if ranges.erase:
         images = random_erase(images, draws[8] < strength * ranges.erase)
@@ -180,14 +183,15 @@ def affine_matrices(degrees, shift_x, shift_y, scale, shear) -> Tensor:
     scales (2: twice as large) and shears along x (degrees).
 
     Coordinates go from -1 to 1, x to the right and y down, so a shift of 1 side is 2 units. The
-    image is sheared, scaled, rotated and then shifted: p -> scale · R · H · p + t. Resampling asks
-    the opposite question, "where does this output pixel come from?", and needs the inverse,
+    image is sheared (H), rotated (R), scaled and shifted (t): p -> scale · R · H · p + t. Resampling
+    asks the opposite question, "where does this output pixel come from?", and needs the inverse,
     1/scale · H⁻¹ · R⁻¹ · (p - t), with
 
         R⁻¹ = |  cos  sin |       H⁻¹ = | 1  tan |
               | -sin  cos |             | 0   1  |
 
-    (Asked the other way round, some output pixels would get two answers and some none.)
+    (If each input pixel were moved to its new place, some output pixels would get two values and
+    some none.)
     """
     angle = torch.deg2rad(degrees)
     tan = torch.tan(torch.deg2rad(shear))
@@ -281,7 +285,8 @@ def load(name="mnist", data_dir="data", device="cpu", val=0, limit=None) -> Data
     parts = []
     for images, labels in (train, test, held_out):
         parts.append((images.to(device), labels.to(device)))
-    return from_tensors(*parts, name)
+    train, test, held_out = parts
+    return from_tensors(train, test, held_out, name)
 
 
 def load_torchvision(name: str, data_dir: Path) -> tuple:
@@ -389,7 +394,7 @@ def run_command(main) -> None:
         message = " ".join(str(error).split())
         print(f"error: {message}", file=sys.stderr)
         if isinstance(error, OSError) and sys.stdout is sys.__stdout__:
-            sys.stdout = None                        # else Python fails again when it flushes it
+            sys.stdout = None                        # or Python reports it again when it flushes
         raise SystemExit(2)
 
 
@@ -430,9 +435,10 @@ def save(path, content: bytes | str) -> None:
 
 
 def to_csv(rows: list[dict]) -> str:
-    """A table out of rows with the same keys, which make the header."""
+    """A table out of rows. The last row makes the header; a row of an older version of the script
+    may lack a column, and gets nan there."""
     text = io.StringIO()
-    writer = csv.DictWriter(text, rows[0].keys(), lineterminator="\n")
+    writer = csv.DictWriter(text, rows[-1].keys(), "nan", "ignore", lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)
     return text.getvalue()

@@ -46,7 +46,7 @@ def range_test(network, make_optimizer, next_loss, start=1e-6, factor=1.1, steps
     rates = []
     losses = []
     for step in range(steps):
-        rate = start * factor ** step                # 24 steps for each factor of ten
+        rate = start * factor ** step
         for group in optimizer.param_groups:
             group["lr"] = rate
         loss = next_loss(network)
@@ -71,7 +71,7 @@ def is_over(losses: list) -> bool:
 # ---- Reading the curve ------------------------------------------------------------------------
 
 def smooth(losses: list, reach=8) -> list:
-    """For each step the median of its loss, the 8 before it and the 8 after it.
+    """For each step the median of its loss, the `reach` before it and the `reach` after it.
 
     The median ignores a single bad batch. Infinity and NaN count as the largest loss.
     """
@@ -88,11 +88,11 @@ def smooth(losses: list, reach=8) -> list:
 def pick_rates(rates: list, losses: list) -> dict:
     """Rates read off a sweep, by name. Empty if the loss does not fall clearly.
 
-    lowest          the rate at which the smoothed loss is lowest. Near it the curve is often flat,
-                    and chance decides which rate it is.
-    recommended     so the middle of the flat part, as OneCycle's maximum: between the first and the
-                    last rate at which the loss is within 5% of its whole fall of the lowest loss
-    steepest        the middle of that factor of ten (24 steps) over which the loss falls most
+    recommended     a good maximum for OneCycle. The curve is flat near its lowest point. "Flat"
+                    means: at most 5% of the whole fall above the lowest loss. This is the middle
+                    between the first and the last flat rate.
+    lowest          the rate at which the smoothed loss is lowest
+    steepest        the middle of that factor of ten over which the loss falls most
     explosion / 10  a tenth of the rate at which the loss is back at its first level: the rule of
                     the notes. There is none if the sweep ends before.
     """
@@ -109,9 +109,10 @@ def pick_rates(rates: list, losses: list) -> dict:
     flat = [rate for rate, loss in zip(rates, curve) if loss <= lowest_loss + 0.05 * fall]
     middle = math.sqrt(flat[0] * flat[-1])           # on a logarithmic axis
     picks = {"recommended": middle, "lowest": rates[lowest_step]}
-    falls = [curve[step - 24] - curve[step] for step in range(24, lowest_step + 1)]
+    ten = max(1, round(math.log(10) / math.log(rates[1] / rates[0])))    # steps per factor of ten
+    falls = [curve[step - ten] - curve[step] for step in range(ten, lowest_step + 1)]
     if falls:
-        picks["steepest"] = rates[falls.index(max(falls)) + 12]
+        picks["steepest"] = rates[falls.index(max(falls)) + ten // 2]
     for step in range(lowest_step, len(curve)):
         if curve[step] > curve[0]:
             picks["explosion / 10"] = rates[step] / 10
@@ -120,7 +121,7 @@ def pick_rates(rates: list, losses: list) -> dict:
 
 
 MEANINGS = {
-    "recommended": "the middle of the flat part around the next one: a maximum for OneCycle",
+    "recommended": "the middle of the flat part around the lowest loss: a maximum for OneCycle",
     "lowest": "the loss is lowest here; beyond it, steps are too large",
     "steepest": "the loss falls fastest here",
     "explosion / 10": "a tenth of the rate at which the loss is back where it began",
@@ -186,8 +187,8 @@ def report_sweep(args, data) -> None:
 #
 # A grid or a search compares short trainings on held-out images. The test images are not used:
 # a setting that was chosen on them would look better than it is. Every training starts from the
-# same weights, sees the same batches and ends its OneCycle, so that its last accuracy has little
-# noise.
+# same weights, sees the same batches and runs one whole OneCycle, so that its last accuracy has
+# little noise.
 
 CLASSIC = ("sgd:1e-1,5e-4", "sgd:1e-2,5e-4", "adam:3e-4,5e-4", "adam:1e-3,0")       # of the lecture
 
@@ -197,10 +198,11 @@ def to_setting(text: str) -> dict:
     try:
         opt, numbers = text.split(":")
         lr, weight_decay = numbers.split(",")
-        training.PEAK_LR[opt]                        # only to know that there is such an optimizer
+        if opt not in training.OPTIMIZERS:
+            raise ValueError
         return {"opt": opt, "lr": number(float, 1e-12)(lr),
                 "weight_decay": number(float, 0)(weight_decay)}
-    except (KeyError, ValueError):
+    except ValueError:
         raise argparse.ArgumentTypeError(f"{text!r} is not like sgd:0.1,5e-4")
 
 
@@ -293,7 +295,8 @@ def parse_args() -> argparse.Namespace:
     add("--steps", type=number(int, 20, 10_000), default=200, help="steps of the sweep")
     add("--grid", type=to_setting, nargs="*", metavar="OPT:LR,DECAY",
         help="train with each of these, such as sgd:0.1,5e-4; alone: four classic ones")
-    add("--search", type=number(int, 1, 1000), metavar="N", help="N random settings; each round drops half")
+    add("--search", type=number(int, 1, 1000), metavar="N",
+        help="N random settings; each round drops half")
     add("--epochs", type=number(int, 1, 9999), help="of --grid and --search; 1 if not given")
     add("--out", type=user_path, default="lr_finder", help="folder for lr_range.png and tables")
     parser = digits.Parser(prog="lr_finder.py", parents=[own],

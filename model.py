@@ -128,8 +128,8 @@ class Places(nn.Module):
     def __init__(self, channels: int, side: int):
         super().__init__()
         # All weights act as 1 at first: the plain average. They are stored as 1/side and multiplied
-        # by side, so that a step of SGD moves them side² = 49 times as far. Small networks and
-        # short trainings need such large steps here.
+        # by side, so that a step of SGD moves them side² = 49 times as far: `side` is once in the
+        # gradient, once in the product. Small networks and short trainings need such large steps.
         self.side = side
         self.weight = nn.Parameter(torch.full((channels, side, side), 1 / side))
 
@@ -164,7 +164,8 @@ def he_init(network: nn.Module) -> None:
     """Draw the weights of convolutions and linear layers from N(0, 2 / fan_in) and set their
     biases to 0 (He et al., 2015).
 
-    Each output number is a sum of fan_in products, so its variance is fan_in · Var(weight) · E[x²].
+    fan_in is the number of inputs of one output. An output is a sum of fan_in products, so its
+    variance is fan_in · Var(weight) · E[x²].
     ReLU sets half of a symmetric signal to 0 and so halves E[x²]; the factor 2 restores it. Signals
     then keep their size through any number of layers. With a standard deviation of 0.01 they vanish
     after a few wide layers, with 0.1 they explode: a test runs this experiment. (After SiLU E[x²]
@@ -189,12 +190,12 @@ def default(head="conv", down="overlap", activation="silu", dropout=0.1) -> nn.S
     """The project's own network: 19,626 parameters.
 
     - It halves the maps right after the first convolution. Maps of 28×28 take the most time, and
-      one layer of edges is all that this network computes on them.
+      this network computes only one layer on them: the edges.
     - Its channels hardly grow. A 3×3 convolution has 9·in·out weights at any map size: one of 16→24
       and three of 24→24 use up the budget.
     - Dropout sets a tenth of the features to 0 at random, in training only, so that the network
-      does not rely on any single feature (Srivastava et al., 2014). It stands only here, because it
-      takes time.
+      does not rely on any single feature (Srivastava et al., 2014). There is only one such layer,
+      because it takes time.
     """
     return nn.Sequential(
         down_block(1, 16, down, activation),           # 16×14×14   RF 5          176
@@ -364,8 +365,8 @@ def cifar() -> nn.Sequential:
 
 # ---- All of them by name ----------------------------------------------------------------------
 
-# To add a network of your own: write a function like those above, then
-# NETWORKS["mine"] = mine
+# A network of your own: write a function like those above and, at the end of this file,
+# NETWORKS["mine"] = mine. It keeps the weights that PyTorch gave it.
 NETWORKS = {
     "default": default,
     "tiny": tiny,

@@ -2,14 +2,14 @@
 
 What it teaches: three formulas give the receptive field of each layer in a chain of convolutions
 and poolings. The same formulas work for any network that torch.fx can trace. A formula may be
-wrong, so the field is also measured: put ink on a row of the image and look which units it stains.
+wrong, so the field is also measured: put ink on a row of the image and see which units it stains.
 
     python rf.py                               the default network of model.py, a row per layer
     python rf.py --model n3                    another of its networks
     python rf.py --torchvision resnet18        a network of torchvision
     python rf.py --model n2 --input 1x20x20    the shape debugger: which layer fails, what helps
     python rf.py --erf                         the effective field: how much each pixel counts
-    python rf.py --run runs/001                the same of a trained network, beside a fresh one
+    python rf.py --run runs/001                the same for a trained network, beside a fresh one
 
     from rf import explain                     the table and the debugger for your own network
     explain(network, (1, 28, 28))
@@ -122,7 +122,7 @@ def receptive_fields(chain):
 GLOBAL = "global"
 NOT_FOLLOWED = "not followed"
 
-# In small letters without "_", so that nn.LeakyReLU and F.leaky_relu have one name.
+# In lower case without "_", so that nn.LeakyReLU and F.leaky_relu have one name.
 GATHER = {"flatten", "view", "reshape", "mean", "adaptiveavgpool2d", "adaptivemaxpool2d"}
 STAY = {
     "relu", "relu6", "leakyrelu", "prelu", "elu", "selu", "gelu", "silu", "mish", "sigmoid",
@@ -176,8 +176,10 @@ class Follower(torch.fx.Interpreter):
             module = self.fetch_attr(node.target)
             function = type(module).__name__
         layer = function
-        for path, _ in node.meta.get("nn_module_stack", {}).values():
-            layer = f"{path} {function}"                # the innermost module comes last
+        stack = list(node.meta.get("nn_module_stack", {}).values())
+        if stack:
+            path, _ = stack[-1]                         # the innermost module
+            layer = f"{path} {function}"
         sources = [source for source in node.all_input_nodes if source in self.fields]
         inputs = [self.env[source] for source in sources]
         fields = [self.fields[source] for source in sources]
@@ -199,7 +201,7 @@ class Follower(torch.fx.Interpreter):
         padding = module.padding
         if padding == "valid":
             padding = 0
-        elif padding == "same":             # if the sum is odd, the end gets one pixel more
+        elif padding == "same":             # if this is odd, bottom and right get one pixel more
             padding = [dilation[i] * (kernel[i] - 1) // 2 for i in range(2)]
         return kernel, pair(module.stride), pair(padding), dilation
 
@@ -215,7 +217,9 @@ class Follower(torch.fx.Interpreter):
         if operation in GATHER and result.shape[2:].numel() == 1:       # N×C or N×C×1×1
             return GLOBAL
         if window:
-            return tuple(map(slide, call.fields[0], *window))           # height, then width
+            height, width = call.fields[0]
+            vertical, horizontal = zip(*window)         # kernel, stride, padding, dilation of each
+            return slide(height, *vertical), slide(width, *horizontal)
 
         stays = operation in STAY
         if isinstance(call.module, nn.BatchNorm2d):
@@ -324,12 +328,14 @@ def measure(result, field, images):
     height, width = images.shape[2:]
     if field == NOT_FOLLOWED or result.dim() < 2:
         return ""                                       # nothing to compare with, or no units
-    if not len(result) == len(images) == height + width:
+    if len(images) != height + width or len(result) != len(images):
         return ""                                       # mixed images, or no ink
     stained = result.isnan()
     if field == GLOBAL:
         field = Axis(0, height, 0), Axis(0, width, 0)
         stained = stained.flatten(1)[:, :, None, None]  # one unit, which may see all pixels
+    # stained is images × channels × rows × columns of units. The first `height` images have ink in
+    # a row of pixels: which rows of units are stained?
     rows = stained[:height].any(dim=3).any(dim=1)       # pixels × units
     columns = stained[height:].any(dim=2).any(dim=1)
 
@@ -497,11 +503,11 @@ def outlined(amount, row):
     """An effective field as a picture. Grey lines go around the image, blue ones around the
     receptive field of the centre unit, which may reach into the padding."""
     height, width = amount.shape
-    down, across = row.field
-    top = down.start + down.jump * (row.shape[1] // 2)
-    left = across.start + across.jump * (row.shape[2] // 2)
-    bottom = top + down.size
-    right = left + across.size
+    vertical, horizontal = row.field
+    top = vertical.start + vertical.jump * (row.shape[1] // 2)
+    left = horizontal.start + horizontal.jump * (row.shape[2] // 2)
+    bottom = top + vertical.size
+    right = left + horizontal.size
     margin = 1 + max(0, -top, -left, bottom - height, right - width)
 
     plane = F.pad(amount, [margin] * 4)
@@ -550,8 +556,8 @@ def make_parser():
     parser.add_argument("--erf", action="store_true", help="draw the effective receptive field")
     parser.add_argument("--out", type=digits.png_path, default="rf.png", help="its picture")
     parser.add_argument("--data-dir", type=digits.user_path,
-                        help="where MNIST is; none: where the run found it, or data/. If it is not "
-                             "there, --erf takes synthetic digits")
+                        help="where MNIST is; not given: where the run found it, or data/. If it "
+                             "is not there, --erf takes synthetic digits")
     return parser
 
 

@@ -1,7 +1,7 @@
 """Train a network of fewer than 20,000 parameters to read handwritten digits.
 
 What it teaches: what happens in each step of a training and in which order, how optimizers and
-schedules differ, and how a result is reported: the last epoch, several random seeds, mean and spread.
+schedules differ, and how to report a result: the last epoch, several random seeds, mean and spread.
 
     python train.py                                           the project's own recipe, 18 epochs
     python train.py --opt sgd --sched onecycle --device cuda  the same, on a GPU if there is one
@@ -45,9 +45,9 @@ import model as networks
 #              smoothing (Szegedy et al., 2016; here 0.05) asks for a probability of 95.5% instead
 #              of 100%, so that the logits need not grow without end.
 #   backward   The chain rule, from the loss back to the first layer, gives d loss / d weight for
-#              every weight. PyTorch adds it to weight.grad, so the gradients of the last step are
-#              cleared first.
-#   clip       If it is asked for, a gradient that is longer than `clip` is shortened to it.
+#              every weight. PyTorch adds it to weight.grad, so the gradients of the previous step
+#              are cleared first.
+#   clip       If it is asked for, a gradient longer than `clip` is shortened to this length.
 #   step       The optimizer moves every weight a little against its gradient.
 
 def training_step(network, optimizer, inputs, labels, args):
@@ -134,7 +134,7 @@ def train(args, data, folder=None, checkpoint=None, quiet=False):
 
         row = {                             # its keys are the columns of log.csv
             "epoch": epoch,
-            "lr": rate,
+            "lr": rate,                     # of the last step
             "train_loss": float(total_loss) / image_count,
             "train_accuracy": 100 * float(total_correct) / image_count,
         }
@@ -199,6 +199,7 @@ def evaluate(network, images, labels, mean, std) -> tuple[float, float]:
 
 WEIGHT_DECAY = {"sgd": 5e-4, "adam": 0.0, "adamw": 1e-2, "rmsprop": 0.0}
 START_LR = {"sgd": 0.05, "adam": 1e-3, "adamw": 1e-3, "rmsprop": 1e-3}
+OPTIMIZERS = ("sgd", "adam", "adamw", "rmsprop")
 PEAK_LR = {"sgd": 0.4, "adam": 2e-2, "adamw": 2e-2, "rmsprop": 6e-3}       # with OneCycle
 
 
@@ -214,8 +215,8 @@ def make_optimizer(args, network) -> torch.optim.Optimizer:
 
     if args.opt == "sgd":
         # velocity = momentum * velocity + gradient
-        # weight  -= lr * velocity                              plain momentum, or
-        # weight  -= lr * (gradient + momentum * velocity)      Nesterov's form (Sutskever, 2013)
+        # weight  -= lr * velocity                              without nesterov
+        # weight  -= lr * (gradient + momentum * velocity)      with nesterov (Sutskever, 2013)
         nesterov = args.nesterov and beta > 0
         return torch.optim.SGD(groups, args.lr, beta, nesterov=nesterov, fused=True)
 
@@ -271,7 +272,8 @@ def learning_rate(args, step: int, total_steps: int, history: list) -> float:
     if args.sched == "plateau":
         return args.lr * 0.5 ** count_plateaus(history)
 
-    lowest = args.lr / 25                            # onecycle
+    # onecycle: first up, then down
+    lowest = args.lr / 25
     warmup_steps = 0.2 * total_steps
     if step < warmup_steps:
         return lowest + (args.lr - lowest) * (1 - half_cosine(step / warmup_steps))
@@ -289,7 +291,7 @@ def count_plateaus(history: list, patience=2) -> int:
     waiting = 0
     plateaus = 0
     for row in history:
-        if row["val_loss"] < lowest * (1 - 1e-4):
+        if row["val_loss"] < lowest * (1 - 1e-4):    # lower by at least 0.01%, as in PyTorch
             lowest = row["val_loss"]
             waiting = 0
         else:
@@ -363,14 +365,14 @@ def sanity(args, data) -> bool:
 
     A fresh network guesses, so its loss is about ln K for K classes. Ten images are few enough to
     be learned by heart. After 50 steps on new images the network has to be better than guessing; if
-    it is not, the labels may belong to other images. (The checks of the lecture, N4.)
+    it is not, images and labels may be in different orders. (The checks of the lecture, N4.)
     """
     ten = (data.train[0][:10], data.train[1][:10])
     by_heart = changed(args, opt="adam", lr=1e-3, sched="none", weight_decay=0.0, augment="none",
                        label_smoothing=0.0, epochs=100, batch_size=10)
     network, history = train(by_heart, data._replace(train=ten, val=ten, test=ten),
                              quiet=True)
-    first_loss = history[0]["train_loss"]
+    first_loss = history[0]["train_loss"]            # before any learning: an epoch is one step
     last_loss = history[-1]["test_loss"]
     last_accuracy = history[-1]["test_accuracy"]
     unreached = [name for name, weight in network.named_parameters() if weight.grad is None]
@@ -522,7 +524,7 @@ def save_pt(path: Path, contents: dict) -> None:
 
 
 def read_pt(path: Path) -> tuple[dict, nn.Module]:
-    """The contents of a .pt file of this script, and its network. Raises UserError for any other."""
+    """The contents of a .pt file of this script, and its network. UserError for any other file."""
     try:
         # A .pt file is a ZIP archive with a checksum for each part, at which torch.load does not
         # look. weights_only: to load a stranger's file must not run a stranger's code.
@@ -591,18 +593,19 @@ def add_flags(parser) -> None:
     """The flags that train.py and lr_finder.py share. The ranges after "usual" are the lecture's."""
     add = parser.add_argument
     add("--model", choices=networks.NETWORKS, default="default", help="a network of model.py")
-    add("--head", choices=("conv", "linear", "place"), help="last layers of default, tiny, micro, residual")
-    add("--down", choices=("overlap", "pool", "stride"), help="how the network `default` halves its maps")
+    add("--head", choices=("conv", "linear", "place"),
+        help="last layers of default, tiny, micro, residual")
+    add("--down", choices=("overlap", "pool", "stride"), help="how `default` halves its maps")
     add("--activation", choices=networks.ACTIVATIONS, help="of the network `default`")
     add("--dropout", type=number(float, 0, 0.9), help="of `default`; usual: 0.05 to 0.2")
     add("--data", choices=digits.NAMES, default="mnist", help="which data set")
     add("--data-dir", type=user_path, default="data", help="where it is or will be put")
     add("--augment", choices=digits.AUGMENTATIONS, default="default", help="how images are varied")
-    add("--limit", type=number(int, 1), help="train on the first LIMIT images; none: on all")
-    add("--opt", choices=PEAK_LR, default="sgd", help="optimizer")
+    add("--limit", type=number(int, 1), help="train on the first LIMIT images; not given: on all")
+    add("--opt", choices=OPTIMIZERS, default="sgd", help="optimizer")
     add("--momentum", type=number(float, 0, 0.9999), default=0.9, help="of sgd; beta1 of adam")
-    add("--nesterov", action=argparse.BooleanOptionalAction, default=True, help="form of sgd's momentum")
-    add("--weight-decay", type=number(float, 0), help="none: what suits --opt; usual: 1e-4 to 5e-4")
+    add("--nesterov", action=argparse.BooleanOptionalAction, default=True, help="sgd's momentum")
+    add("--weight-decay", type=number(float, 0), help="not given: suits --opt; usual: 1e-4 to 5e-4")
     add("--batch-size", type=number(int, 1), default=64, help="images per step; usual: 32 to 256")
     add("--label-smoothing", type=number(float, 0, 0.9), default=0.05, help="0 is off")
     add("--seed", type=number(int, 0), default=0, help="of all random numbers")
@@ -615,11 +618,13 @@ def make_parser() -> digits.Parser:
     add = parser.add_argument
     add("--epochs", type=number(int, 1, 9999), default=18, help="passes over the images")
     add("--sched", choices=SCHEDULES, default="onecycle", help="how the learning rate changes")
-    add("--lr", type=number(float, 1e-12), help="learning rate, of onecycle the maximum; none: what suits --opt")
-    add("--step-every", type=number(int, 1), help="epochs between the halvings of --sched step; none: a fifth")
+    add("--lr", type=number(float, 1e-12),
+        help="learning rate, of onecycle the maximum; not given: suits --opt")
+    add("--step-every", type=number(int, 1),
+        help="epochs between the halvings of --sched step; not given: a fifth of all")
     add("--fade-from", type=number(float, 0, 1), default=0.7,
         help="share of the training after which augmentation fades; 1: never")
-    add("--clip", type=number(float, 0), default=0.0, help="longest gradient, 0: no limit; usual: 0.5 to 5")
+    add("--clip", type=number(float, 0), default=0.0, help="longest gradient; 0: any; usual: 0.5 to 5")
     add("--val", type=number(int, 0), default=0, help="hold out the last VAL training images")
     add("--runs", type=number(int, 1), default=1, help="how many seeds to train")
     add("--deterministic", action="store_true", help="the same bits each time on a GPU, too")
