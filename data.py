@@ -183,7 +183,7 @@ def affine_matrices(degrees, shift_x, shift_y, scale, shear) -> Tensor:
     scales (2: twice as large) and shears along x (degrees).
 
     Coordinates go from -1 to 1, x to the right and y down, so a shift of 1 side is 2 units. The
-    image is sheared (H), rotated (R), scaled and shifted (t): p -> scale · R · H · p + t. Resampling
+    image is sheared (H), rotated (R), scaled and shifted (t): p -> scale · R · H · p + t. To resample
     asks the opposite question, "where does this output pixel come from?", and needs the inverse,
     1/scale · H⁻¹ · R⁻¹ · (p - t), with
 

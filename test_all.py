@@ -13,6 +13,7 @@ import contextlib
 import copy
 import csv
 import doctest
+import functools
 import hashlib
 import inspect
 import io
@@ -611,6 +612,7 @@ def find_mnist():
 
 
 MNIST = find_mnist()
+data.draw_digits = functools.cache(data.draw_digits)            # drawn once for all tests
 needs_mnist = pytest.mark.skipif(MNIST is None, reason="MNIST is not in data/ or ../shared/")
 
 

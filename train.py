@@ -624,7 +624,8 @@ def make_parser() -> digits.Parser:
         help="epochs between the halvings of --sched step; not given: a fifth of all")
     add("--fade-from", type=number(float, 0, 1), default=0.7,
         help="share of the training after which augmentation fades; 1: never")
-    add("--clip", type=number(float, 0), default=0.0, help="longest gradient; 0: any; usual: 0.5 to 5")
+    add("--clip", type=number(float, 0), default=0.0,
+        help="longest gradient; 0: any length; usual: 0.5 to 5")
     add("--val", type=number(int, 0), default=0, help="hold out the last VAL training images")
     add("--runs", type=number(int, 1), default=1, help="how many seeds to train")
     add("--deterministic", action="store_true", help="the same bits each time on a GPU, too")
