@@ -226,10 +226,11 @@ def report_suspects(folders: list, data_dir) -> None:
 
 def draw_suspects(found: list[Suspect], images: Tensor, path) -> None:
     """Draw the first 48, eight in a row."""
+    shown = found[:48]
     rows = []
-    for start in range(0, 48, 8):
+    for start in range(0, len(shown), 8):
         row = []
-        for suspect in found[start:start + 8]:
+        for suspect in shown[start:start + 8]:
             row.append((tile(images[suspect.index]), f"#{suspect.index}  {suspect.margin:+.2f}\n"
                         f"label {suspect.label}, or {suspect.other}?"))
         rows.append(row)
@@ -558,12 +559,13 @@ def draw_panel(title, x_title, y_title, lines, band=None, marks={}, log_x=False,
     if band:
         band_name, band_xs, lows, highs = band
         all_ys += list(lows) + list(highs)
-    x_axis = make_axis(all_xs, 130, 1280, log_x)
-    y_axis = make_axis(y_range or all_ys, 730, 110)      # pixels are counted downwards
+    left, right, top, bottom = 130, 1280, 110, 730       # pixels are counted downwards
+    x_axis = make_axis(all_xs, left, right, log_x)
+    y_axis = make_axis(y_range or all_ys, bottom, top)
     draw_axes(draw, x_axis, y_axis)
     draw.text((32, 16), title, BLACK, font(34))
     draw.text((32, 66), y_title, GREY, font(28))
-    draw.text((705, 784), x_title, GREY, font(28), anchor="ma")
+    draw.text(((left + right) / 2, bottom + 54), x_title, GREY, font(28), anchor="ma")
 
     legend = []
     if band:
@@ -579,13 +581,13 @@ def draw_panel(title, x_title, y_title, lines, band=None, marks={}, log_x=False,
         legend.append((name, colour, thickness))
 
     for i, (name, colour, thickness) in enumerate(legend):
-        y = 126 + 44 * i
-        draw.line((1300, y, 1336, y), colour, thickness)
-        draw.text((1348, y), name, BLACK, font(28), anchor="lm")
+        y = top + 16 + 44 * i
+        draw.line((right + 20, y, right + 56, y), colour, thickness)
+        draw.text((right + 68, y), name, BLACK, font(28), anchor="lm")
     for i, (name, value) in enumerate(marks.items()):
         x = position(x_axis, value)
-        draw.line((x, 110, x, 730), BLACK, 3)
-        draw.text((x - 12, 118 + 44 * i), name, BLACK, font(28), anchor="ra")
+        draw.line((x, top, x, bottom), BLACK, 3)
+        draw.text((x - 12, top + 8 + 44 * i), name, BLACK, font(28), anchor="ra")
     return image.reduce(2)
 
 
@@ -722,6 +724,8 @@ def main() -> None:
                         help="not given: where the run found its data")
     args = parser.parse_args()
 
+    if args.image and (args.compare or args.suspects):
+        raise UserError("--image goes with --run only")
     if args.compare:
         compare(args.compare, args.data_dir)
     elif args.suspects:

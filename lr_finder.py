@@ -71,7 +71,7 @@ def is_over(losses: list) -> bool:
 # ---- Reading the curve ------------------------------------------------------------------------
 
 def smooth(losses: list, reach=8) -> list:
-    """For each step the median of its loss, the `reach` before it and the `reach` after it.
+    """For each step the median of its loss, of the `reach` losses before it and of those after it.
 
     The median ignores a single bad batch. Infinity and NaN count as the largest loss.
     """

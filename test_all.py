@@ -10,7 +10,6 @@ Synthetic digits stand in for MNIST. Tests that need the real one look into data
 are skipped where it is in neither.
 """
 import contextlib
-import copy
 import csv
 import doctest
 import functools
@@ -56,8 +55,6 @@ import train
 # Each test is a lesson. It writes one idea out in loops or in plain tensor lines, and compares the
 # result with PyTorch's. The lessons follow the order of a course: layers, the loss, the gradient,
 # optimizers, schedules, initialization, what a unit sees, images, and training as a whole.
-#
-#     python -m pytest test_all.py -k batch_norm     runs the lessons with this word in their name
 
 
 # ---- Layers -----------------------------------------------------------------------------------
@@ -1341,6 +1338,7 @@ WRONG_INPUT = [
     (lr_finder, "--data synthetic --model tiny --limit 640 --factor 1.0001 --steps 20",
      "not clear"),
     (analyze, "--run nosuchrun", "nosuchrun"),
+    (analyze, "--compare a b --image c", "--image goes with --run only"),
 ]
 
 
