@@ -19,13 +19,13 @@ import math
 from collections import namedtuple
 from pathlib import Path
 
-from data import (Parser, UserError, augment, font, load, normalize, quote, reason, run_command,
-                  save, user_path)               # before torch: data.py says why
+from data import (Parser, UserError, augment, load, normalize, reason, run_command,
+                  save)                          # before torch: data.py says why
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageDraw, ImageOps
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch import Tensor, nn
 
 from model import count_parameters, input_shape
@@ -112,23 +112,14 @@ def print_table(table: Tensor) -> None:
     100% for it and a precision of 10%. Each of the two is easy to have alone.
     """
     classes = range(len(table))
-    correct = table.diag().tolist()
-    labels = table.sum(1).tolist()                   # how many images have each label
-    answers = table.sum(0).tolist()                  # how many images got each answer
+    recalls = 100 * table.diag() / table.sum(1)      # nan for a label without images
+    precisions = 100 * table.diag() / table.sum(0)
     print("\nlabel called" + "".join(f"{k:6}" for k in classes) + "  recall, %")
     for k in classes:
         counts = "".join(f"{count:6}" for count in table[k].tolist())
         counts = counts.replace("     0", "     .")      # a dot for 0, so that the errors stand out
-        print(f"{k:<12}{counts}{percent(correct[k], labels[k]):>11}")
-    precisions = [percent(correct[k], answers[k], 1) for k in classes]
-    print("precision, %" + "".join(f"{precision:>6}" for precision in precisions))
-
-
-def percent(part: int, whole: int, decimals=2) -> str:
-    """Return a share in percent. A class without images in the test set has no recall: "-"."""
-    if whole == 0:
-        return "-"
-    return f"{100 * part / whole:.{decimals}f}"
+        print(f"{k:<12}{counts}{recalls[k]:11.2f}")
+    print("precision, %" + "".join(f"{precision:6.1f}" for precision in precisions))
 
 
 def most_confused(table: Tensor, limit=5) -> list[tuple[int, int, int]]:
@@ -219,9 +210,9 @@ def report_suspects(folders: list, data_dir) -> None:
     for suspect in found[:20]:
         print(f"#{suspect.index:<5} label {suspect.label}, or {suspect.other}?  margin "
               f"{suspect.margin:+.3f}")
-    path = folders[0] / "analysis/suspects.png"
+    path = Path(folders[0], "analysis/suspects.png")
     draw_suspects(found, images, path)
-    print(f"\ndrawn: {quote(path)}")
+    print(f"\ndrawn: {path}")
 
 
 def draw_suspects(found: list[Suspect], images: Tensor, path) -> None:
@@ -307,27 +298,20 @@ def resize(image: Tensor, side: int) -> Tensor:
 
 
 def open_picture(path) -> Tensor:
-    """Return a picture, upright, as numbers C×H×W from 0 to 1.
-
-    C is 1 for pictures with 16 or 32 bits per pixel, otherwise 4: red, green, blue and opacity.
+    """Return a picture, upright, as numbers 4×H×W from 0 to 1: red, green, blue and opacity.
     Raises UserError.
     """
     try:
         picture = ImageOps.exif_transpose(Image.open(path))      # a camera stores how it was held
-        if picture.mode[0] in "IF":                              # 16 or 32 bits
-            picture = picture.convert("F")
-        else:
-            # RGBa is colour times opacity: a colour hidden by full transparency becomes 0.
-            picture = picture.convert("RGBA").convert("RGBa")
+        # RGBa is colour times opacity: a colour hidden by full transparency becomes 0.
+        picture = picture.convert("RGBA").convert("RGBa")
         picture.thumbnail((1000, 1000))              # only makes it smaller: photos take time
-        pixels = torch.tensor(np.atleast_3d(picture).astype(np.float32))                # H×W×C
     except Exception as error:                       # each format can be damaged in its own way
         raise UserError(f"--image {path} cannot be read as a picture ({reason(error)})")
-    pixels = pixels.permute(2, 0, 1).nan_to_num(0.0, 0.0, 0.0)
-    return pixels / pixels.abs().max().clamp(min=1e-9)
+    return torch.from_numpy(np.array(picture)).permute(2, 0, 1) / 255
 
 
-def report_image(path: Path, folder: Path) -> None:
+def report_image(path: str, folder) -> None:
     """Print what the network of a run is shown and the probability of each digit."""
     run = load_run(folder)
     if input_shape(run.args.model) != (1, 28, 28):
@@ -505,13 +489,13 @@ def gallery(rows, path, zoom=4, title=""):
     most = max(len(row) for row in rows)
     sheet = Image.new("RGB", (16 + most * column_width, top + len(rows) * row_height), "white")
     draw = ImageDraw.Draw(sheet)
-    draw.text((16, 10), title, BLACK, font(18))
+    draw.text((16, 10), title, BLACK, ImageFont.load_default(18))
     for i, row in enumerate(rows):
         y = top + i * row_height
         for j, (picture, caption) in enumerate(row):
             x = 16 + j * column_width
             sheet.paste(picture.resize((width, height), Image.NEAREST), (x, y))
-            draw.text((x, y + height + 4), caption, BLACK, font(15))
+            draw.text((x, y + height + 4), caption, BLACK, ImageFont.load_default(15))
     save_png(sheet, path)
 
 
@@ -525,9 +509,11 @@ def save_png(picture, path):
 
 COLOURS = ("#1f6fb4", "#d9622b", "#2e8b57", "#8e44ad", "#b8860b", "#008b8b", "#c2185b", "#555555")
 
-# Values from low to high lie at the pixels from first to last. On a logarithmic axis low and high
-# are exponents of ten. If all values are whole numbers, such as epochs, so are the ticks.
-Axis = namedtuple("Axis", "low high first last log whole")
+FONT = ImageFont.load_default(28)                    # of a chart before it is halved
+
+# Values from low to high lie at the pixels from first to last. On a logarithmic axis the values are
+# exponents of ten. `whole`: only whole numbers get a tick, such as exponents or epochs.
+Axis = namedtuple("Axis", "low high first last whole log")
 
 
 def chart(panels, path):
@@ -563,9 +549,9 @@ def draw_panel(title, x_title, y_title, lines, band=None, marks={}, log_x=False,
     x_axis = make_axis(all_xs, left, right, log_x)
     y_axis = make_axis(y_range or all_ys, bottom, top)
     draw_axes(draw, x_axis, y_axis)
-    draw.text((32, 16), title, BLACK, font(34))
-    draw.text((32, 66), y_title, GREY, font(28))
-    draw.text(((left + right) / 2, bottom + 54), x_title, GREY, font(28), anchor="ma")
+    draw.text((32, 16), title, BLACK, ImageFont.load_default(34))
+    draw.text((32, 66), y_title, GREY, FONT)
+    draw.text(((left + right) / 2, bottom + 54), x_title, GREY, FONT, anchor="ma")
 
     legend = []
     if band:
@@ -583,11 +569,11 @@ def draw_panel(title, x_title, y_title, lines, band=None, marks={}, log_x=False,
     for i, (name, colour, thickness) in enumerate(legend):
         y = top + 16 + 44 * i
         draw.line((right + 20, y, right + 56, y), colour, thickness)
-        draw.text((right + 68, y), name, BLACK, font(28), anchor="lm")
+        draw.text((right + 68, y), name, BLACK, FONT, anchor="lm")
     for i, (name, value) in enumerate(marks.items()):
         x = position(x_axis, value)
         draw.line((x, top, x, bottom), BLACK, 3)
-        draw.text((x - 12, top + 8 + 44 * i), name, BLACK, font(28), anchor="ra")
+        draw.text((x - 12, top + 8 + 44 * i), name, BLACK, FONT, anchor="ra")
     return image.reduce(2)
 
 
@@ -596,11 +582,11 @@ def draw_axes(draw, x_axis, y_axis):
     for value in ticks(x_axis):
         x = position(x_axis, value)
         draw.line((x, y_axis.first, x, y_axis.last), PALE, 2)
-        draw.text((x, y_axis.first + 12), f"{value:.6g}", GREY, font(28), anchor="ma")
+        draw.text((x, y_axis.first + 12), f"{value:.6g}", GREY, FONT, anchor="ma")
     for value in ticks(y_axis):
         y = position(y_axis, value)
         draw.line((x_axis.first, y, x_axis.last, y), PALE, 2)
-        draw.text((x_axis.first - 14, y), f"{value:.6g}", GREY, font(28), anchor="rm")
+        draw.text((x_axis.first - 14, y), f"{value:.6g}", GREY, FONT, anchor="rm")
 
 
 def make_axis(values, first, last, log=False):
@@ -611,32 +597,26 @@ def make_axis(values, first, last, log=False):
         values = np.array([0.0, 1.0])
     low, high = values.min(), values.max()
     room = max((high - low) / 40, abs(high) / 1000, 1e-6)
-    whole = bool((values == values.round()).all())
-    return Axis(low - room, high + room, first, last, log, whole)
+    whole = log or bool((values == values.round()).all())
+    return Axis(low - room, high + room, first, last, whole, log)
 
 
 def scaled(values, log):
     """Return values as an array; for a logarithmic axis their logarithms to base ten."""
     values = np.array(values, dtype=float)
-    if log:
-        with np.errstate(all="ignore"):              # log(0) is -inf, which leaves a gap
-            values = np.log10(values)
-    return values
+    return np.log10(values) if log else values
 
 
 def position(axis, values):
     """Return at which pixels values lie. NaN if they are off the axis."""
-    values = scaled(values, axis.log)
-    values = np.where((values >= axis.low) & (values <= axis.high), values, np.nan)
-    share = (values - axis.low) / (axis.high - axis.low)
+    share = (scaled(values, axis.log) - axis.low) / (axis.high - axis.low)
+    share = np.where((share >= 0) & (share <= 1), share, np.nan)
     return axis.first + share * (axis.last - axis.first)
 
 
 def ticks(axis):
-    """Return the round numbers on an axis: powers of ten if it is logarithmic, otherwise multiples
-    of 1, 2 or 5 times a power of ten, nine at most."""
-    if axis.log:
-        return [10.0 ** power for power in range(math.ceil(axis.low), math.floor(axis.high) + 1)]
+    """Return the round numbers on an axis, nine at most: multiples of 1, 2 or 5 times a power of
+    ten, and on a logarithmic axis powers of ten."""
     smallest_step = (axis.high - axis.low) / 8
     if axis.whole:
         smallest_step = max(smallest_step, 1)
@@ -645,7 +625,11 @@ def ticks(axis):
         step = factor * power
         if step >= smallest_step:
             break
-    return [step * i for i in range(math.ceil(axis.low / step), math.floor(axis.high / step) + 1)]
+    multiples = range(math.ceil(axis.low / step), math.floor(axis.high / step) + 1)
+    values = [step * multiple for multiple in multiples]
+    if axis.log:
+        return [10.0 ** value for value in values]
+    return values
 
 
 def draw_line(draw, xs, ys, colour, thickness):
@@ -664,17 +648,12 @@ def draw_line(draw, xs, ys, colour, thickness):
 
 # ---- The command line -------------------------------------------------------------------------
 
-def report_run(folder: Path, data_dir) -> None:
+def report_run(folder, data_dir) -> None:
     """Print the report of a run and draw all its pictures; only the curves if it still trains."""
-    log, weights = folder / "log.csv", folder / "weights.pt"
-    out = folder / "analysis"
-    if not log.exists() and not weights.exists():
-        raise UserError(f"{folder} has no log.csv and no weights.pt: it is no run of train.py, or "
-                        f"its first epoch is not finished")
-    if log.exists():
-        curves(read_log(log), out / "curves.png")
-    if not weights.exists():
-        print(f"{folder} is not finished: only {quote(out / 'curves.png')} is drawn so far")
+    out = Path(folder, "analysis")
+    curves(read_log(Path(folder, "log.csv")), out / "curves.png")
+    if not Path(folder, "weights.pt").exists():
+        print(f"{folder} is not finished: only {out / 'curves.png'} is drawn so far")
         return
 
     runs, data = load_runs([folder], data_dir)
@@ -687,7 +666,7 @@ def report_run(folder: Path, data_dir) -> None:
     worst = [suspect.index for suspect in found[:4]]
     draw_evidence(runs[0], images[[0, 1, 2, 3] + worst], out / "features.png")
     draw_filters(runs[0], images[0], out / "filters.png")
-    print(f"drawn in {quote(out)}")
+    print(f"drawn in {out}")
 
 
 def load_runs(folders: list, data_dir) -> tuple:
@@ -712,15 +691,15 @@ def last_run() -> Path:
 def main() -> None:
     parser = Parser(prog="analyze.py", description="What a trained network gets wrong, and why.")
     which = parser.add_mutually_exclusive_group()
-    which.add_argument("--run", type=user_path, metavar="FOLDER",
+    which.add_argument("--run", metavar="FOLDER",
                        help="a run; not given: the last one")
-    which.add_argument("--compare", type=user_path, nargs=2, metavar="FOLDER",
+    which.add_argument("--compare", nargs=2, metavar="FOLDER",
                        help="two runs: is one better?")
-    which.add_argument("--suspects", type=user_path, nargs="+", metavar="FOLDER",
+    which.add_argument("--suspects", nargs="+", metavar="FOLDER",
                        help="one or more runs: which test labels may be wrong?")
-    parser.add_argument("--image", type=user_path, metavar="FILE",
+    parser.add_argument("--image", metavar="FILE",
                         help="a picture of one digit: what does the run read?")
-    parser.add_argument("--data-dir", type=user_path,
+    parser.add_argument("--data-dir",
                         help="not given: where the run found its data")
     args = parser.parse_args()
 

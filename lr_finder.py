@@ -9,21 +9,22 @@ grid of short trainings, or a random search, can look closer, on held-out images
     python lr_finder.py --grid                   four classic settings, one epoch each
     python lr_finder.py --search 8               8 random settings; each round drops the worse half
 
+It takes the flags of train.py, too: network, data, optimizer, size of a batch and so on.
+
 Smith (2015) raised the rate linearly and watched the accuracy. fastai and the course notes (N4)
 raise it exponentially and watch the loss, and so does this script.
 
-It prints the rates that it reads off the curve and draws lr_range.png into the folder --out. --grid
-and --search write a table there: trials-1.csv, trials-2.csv, ...
+It prints the rates that it reads off the curve. Each time it makes a new folder (lr_finder/001,
+lr_finder/002, ...) for the picture lr_range.png or, with --grid and --search, the table trials.csv.
 """
 import argparse
 import copy
 import math
 import shlex
 import statistics
-from pathlib import Path
 
 import data as digits           # before torch: data.py says why
-from data import UserError, number, run_command, save, user_path
+from data import UserError, number, run_command, save
 
 import torch
 import torch.nn.functional as F
@@ -153,7 +154,6 @@ def endless_batches(args, data):
 
 def report_sweep(args, data) -> None:
     """Make the sweep, draw it, print its rates and the command to go on with."""
-    args.out.mkdir(parents=True, exist_ok=True)      # if that fails, then before the sweep
     rates, losses = sweep(args, data)
     curve = smooth(losses)
     picks = pick_rates(rates, losses)
@@ -162,7 +162,7 @@ def report_sweep(args, data) -> None:
     for name in ("recommended", "lowest"):
         if name in picks:
             marks[name] = picks[name]
-    path = args.out / "lr_range.png"
+    path = training.new_folder(args.out) / "lr_range.png"
     lowest_loss = min(curve)
     first_loss = curve[0]
     margin = 0.3 * (first_loss - lowest_loss)        # the explosion may leave the picture
@@ -215,39 +215,33 @@ def random_settings(count: int, opt: str, seed: int) -> list:
         a, b = torch.rand(2, generator=generator).tolist()
         lr = training.PEAK_LR[opt] * 10 ** (3 * a - 1.5)         # log-uniform, 1.5 decades each way
         weight_decay = 10 ** (4 * b - 5)                         # from 1e-5 to 1e-1
-        settings.append({"opt": opt, "lr": float(f"{lr:.3g}"),
-                         "weight_decay": float(f"{weight_decay:.3g}")})
+        settings.append({"opt": opt, "lr": lr, "weight_decay": weight_decay})
     return settings
 
 
 def try_setting(setting: dict, epochs: int, args, data) -> dict:
     """Train with a setting. Return it with its accuracy in percent of the held-out images."""
     args = training.changed(args, **setting, epochs=epochs)
-    row = {**setting, "epochs": epochs}
     try:
-        history = training.train(args, training.without_test(data), quiet=True)[1]
-        row["accuracy"] = history[-1]["val_accuracy"]
-        row["note"] = ""
-        if history[-1]["train_loss"] > 0.95 * math.log(data.classes):
-            row["note"] = "it learned little: the rate is too small or too large"
-    except training.LossNotFinite:                   # the others go on
-        row["accuracy"] = math.nan
-        row["note"] = "the loss is not finite: the rate is too large"
-    print(f"  {row['accuracy']:6.2f}%  {row['opt']:<8} lr {row['lr']:<9.3g} weight decay "
-          f"{row['weight_decay']:<9.3g} {row['note']}".rstrip(), flush=True)
-    return row
+        _, history = training.train(args, training.without_test(data), quiet=True)
+        accuracy = history[-1]["val_accuracy"]
+    except training.LossNotFinite:                   # the rate is too large; the others go on
+        accuracy = math.nan
+    print(f"  {accuracy:6.2f}%  {args.opt:<8} lr {args.lr:<9.3g} weight decay "
+          f"{args.weight_decay:.3g}", flush=True)
+    return {**setting, "epochs": epochs, "accuracy": accuracy}
 
 
 def compete(settings: list, halve: bool, args, data) -> None:
     """Train all settings and print the best. With `halve`, the better half starts again for twice
     as many epochs, until one is left: most random settings are bad and show it early (successive
     halving, Jamieson and Talwalkar, 2016)."""
-    path = new_table(args.out)
+    path = training.new_folder(args.out) / "trials.csv"
     epochs = args.epochs
     table = []
     while True:
         print(f"{len(settings)} trainings of {epochs} epochs, accuracy on {len(data.val[0]):,} "
-              f"held-out images of {data.name}:", flush=True)
+              f"held-out images of {data.name} (nan: the loss exploded):", flush=True)
         rows = []
         for setting in settings:
             rows.append(try_setting(setting, epochs, args, data))
@@ -259,8 +253,8 @@ def compete(settings: list, halve: bool, args, data) -> None:
             raise UserError(f"the loss was never finite: try lower rates (table: {path})")
         finite.sort(key=lambda row: row["accuracy"], reverse=True)
         best = finite[0]
-        print(f"best: {best['opt']}, lr {best['lr']:g}, weight decay {best['weight_decay']:g}; "
-              f"table: {path}")
+        print(f"best: {best['opt']}, lr {best['lr']:.3g}, weight decay "
+              f"{best['weight_decay']:.3g}; table: {path}")
         if not halve or len(settings) == 1:
             return
         settings = []
@@ -269,27 +263,15 @@ def compete(settings: list, halve: bool, args, data) -> None:
         epochs *= 2
 
 
-def new_table(out: Path) -> Path:
-    """Make an empty trials-1.csv, or trials-2.csv, ...: no table is ever written over."""
-    out.mkdir(parents=True, exist_ok=True)
-    count = 1
-    while True:
-        path = out / f"trials-{count}.csv"
-        try:
-            path.open("x").close()                   # "x": only if it does not exist yet
-            return path
-        except FileExistsError:
-            count += 1
-
-
 # ---- The command line -------------------------------------------------------------------------
 
 def parse_args() -> argparse.Namespace:
-    """The flags of this script and those of train.py that it uses; all others have their defaults.
-    args.given is a list of train.py's flags as they were typed, for the command printed at the end.
-    """
-    own = digits.Parser(add_help=False)
-    add = own.add_argument
+    """The flags of this script; all others go to train.py. args.given is a list of these others as
+    they were typed, for the command printed at the end."""
+    parser = digits.Parser(prog="lr_finder.py",
+                           description="Learning-rate range test, grid and random search. "
+                                       "Takes the flags of train.py, too.")
+    add = parser.add_argument
     add("--start", type=number(float, 1e-12), default=1e-6, help="first rate of the sweep")
     add("--factor", type=number(float, 1.0001, 1000), default=1.1, help="growth per step")
     add("--steps", type=number(int, 20, 10_000), default=200, help="steps of the sweep")
@@ -297,26 +279,19 @@ def parse_args() -> argparse.Namespace:
         help="train with each of these, such as sgd:0.1,5e-4; alone: four classic ones")
     add("--search", type=number(int, 1, 1000), metavar="N",
         help="N random settings; each round drops half")
-    add("--epochs", type=number(int, 1, 9999), help="of --grid and --search; 1 if not given")
-    add("--out", type=user_path, default="lr_finder", help="folder for lr_range.png and tables")
-    parser = digits.Parser(prog="lr_finder.py", parents=[own],
-                           description="Learning-rate range test, grid and random search.")
-    training.add_flags(parser)
-    args = parser.parse_args()
-
-    if args.grid is not None and args.search:
+    add("--epochs", type=number(int, 1, 9999), default=1, help="of --grid and --search")
+    add("--out", default="lr_finder", help="where the folders are made")
+    own, others = parser.parse_known_args()
+    for word in others:
+        if word.split("=")[0] in ("--lr", "--runs", "--resume", "--sanity"):
+            raise UserError(f"{word} is for train.py only")
+    if own.grid is not None and own.search:
         raise UserError("--grid or --search, not both")
-    args.val = 0
-    if args.grid is not None or args.search:
+
+    args = training.changed(training.parse_args(others), **vars(own), given=others)
+    if args.val == 0 and (args.grid is not None or args.search):
         args.val = 1000 if args.data == "synthetic" else 10_000          # images to choose on
-    elif args.epochs:
-        raise UserError("--epochs belongs to --grid and --search")
-    args.epochs = args.epochs or 1
-    args.given = own.parse_known_args()[1]
-    if args.weight_decay is None:
-        args.weight_decay = training.WEIGHT_DECAY[args.opt]
-    defaults = vars(training.parse_args([]))
-    return argparse.Namespace(**(defaults | vars(args)))
+    return args
 
 
 def main() -> None:

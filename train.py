@@ -20,6 +20,7 @@ import copy
 import io
 import math
 import os
+import shlex
 import statistics
 import sys
 import time
@@ -28,7 +29,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import data as digits           # before torch: data.py says why
-from data import UserError, number, quote, reason, run_command, save, user_path
+from data import UserError, number, reason, run_command, save
 
 import torch
 import torch.nn.functional as F
@@ -467,7 +468,7 @@ def print_summary(args, data, network, history: list, folder: Path) -> None:
           f"after the last epoch, seed {args.seed}")
     print(f"{args.model}: {networks.count_parameters(network):,} parameters, {args.epochs} epochs "
           f"in {seconds:.0f} s")
-    print(f"next: python analyze.py --run {quote(folder)}")
+    print(f"next: python analyze.py --run {shlex.quote(str(folder))}")
 
 
 def print_spread(accuracies: list) -> None:
@@ -495,11 +496,8 @@ def save_run(folder, args, data, network, optimizer, history: list) -> None:
     """
     if folder is None:
         return
-    plain_args = {}
-    for name, value in vars(args).items():
-        plain_args[name] = str(value) if isinstance(value, Path) else value
     save_pt(folder / "checkpoint.pt", {
-        "args": plain_args,
+        "args": vars(args),
         "epoch": len(history),
         "history": history,
         "network": network.state_dict(),
@@ -510,7 +508,7 @@ def save_run(folder, args, data, network, optimizer, history: list) -> None:
     if len(history) == args.epochs:
         # All that is needed to use the network without this script: README, "Your own network".
         save_pt(folder / "weights.pt", {
-            "args": plain_args,
+            "args": vars(args),
             "mean": data.mean,
             "std": data.std,
             "network": network.state_dict(),
@@ -573,15 +571,14 @@ def restore(checkpoint: dict, network, optimizer) -> list:
         raise UserError(f"the checkpoint does not fit its network ({reason(error)})")
 
 
-def new_folder(out: Path) -> Path:
+def new_folder(out: str) -> Path:
     """Make out/001, or out/002, ...: the first that is not there. If two runs start in the same
     moment, mkdir gives each folder to one of them only."""
-    out.mkdir(parents=True, exist_ok=True)
     count = 1
     while True:
-        folder = out / f"{count:03d}"
+        folder = Path(out, f"{count:03d}")
         try:
-            folder.mkdir()
+            folder.mkdir(parents=True)
             return folder
         except FileExistsError:
             count += 1
@@ -589,8 +586,9 @@ def new_folder(out: Path) -> Path:
 
 # ---- The command line -------------------------------------------------------------------------
 
-def add_flags(parser) -> None:
-    """The flags that train.py and lr_finder.py share. The ranges after "usual" are the lecture's."""
+def make_parser() -> digits.Parser:
+    """The flags. The ranges after "usual" are the lecture's."""
+    parser = digits.Parser(prog="train.py", description="Train a network on MNIST.")
     add = parser.add_argument
     add("--model", choices=networks.NETWORKS, default="default", help="a network of model.py")
     add("--head", choices=("conv", "linear", "place"),
@@ -599,24 +597,17 @@ def add_flags(parser) -> None:
     add("--activation", choices=networks.ACTIVATIONS, help="of the network `default`")
     add("--dropout", type=number(float, 0, 0.9), help="of `default`; usual: 0.05 to 0.2")
     add("--data", choices=digits.NAMES, default="mnist", help="which data set")
-    add("--data-dir", type=user_path, default="data", help="where it is or will be put")
+    add("--data-dir", help="where it is or will be put; not given: data")
     add("--augment", choices=digits.AUGMENTATIONS, default="default", help="how images are varied")
     add("--limit", type=number(int, 1), help="train on the first LIMIT images; not given: on all")
+    add("--val", type=number(int, 0), default=0, help="hold out the last VAL training images")
+    add("--epochs", type=number(int, 1, 9999), default=18, help="passes over the images")
     add("--opt", choices=OPTIMIZERS, default="sgd", help="optimizer")
     add("--momentum", type=number(float, 0, 0.9999), default=0.9, help="of sgd; beta1 of adam")
     add("--nesterov", action=argparse.BooleanOptionalAction, default=True, help="sgd's momentum")
     add("--weight-decay", type=number(float, 0), help="not given: suits --opt; usual: 1e-4 to 5e-4")
     add("--batch-size", type=number(int, 1), default=64, help="images per step; usual: 32 to 256")
     add("--label-smoothing", type=number(float, 0, 0.9), default=0.05, help="0 is off")
-    add("--seed", type=number(int, 0), default=0, help="of all random numbers")
-    add("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto", help="auto: fastest")
-
-
-def make_parser() -> digits.Parser:
-    parser = digits.Parser(prog="train.py", description="Train a network on MNIST.")
-    add_flags(parser)
-    add = parser.add_argument
-    add("--epochs", type=number(int, 1, 9999), default=18, help="passes over the images")
     add("--sched", choices=SCHEDULES, default="onecycle", help="how the learning rate changes")
     add("--lr", type=number(float, 1e-12),
         help="learning rate, of onecycle the maximum; not given: suits --opt")
@@ -626,17 +617,18 @@ def make_parser() -> digits.Parser:
         help="share of the training after which augmentation fades; 1: never")
     add("--clip", type=number(float, 0), default=0.0,
         help="longest gradient; 0: any length; usual: 0.5 to 5")
-    add("--val", type=number(int, 0), default=0, help="hold out the last VAL training images")
+    add("--seed", type=number(int, 0), default=0, help="of all random numbers")
     add("--runs", type=number(int, 1), default=1, help="how many seeds to train")
+    add("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto", help="auto: fastest")
     add("--deterministic", action="store_true", help="the same bits each time on a GPU, too")
-    add("--out", type=user_path, default="runs", help="where the folders of runs are made")
-    add("--resume", type=user_path, metavar="RUN", help="go on with the run in this folder")
+    add("--out", default="runs", help="where the folders of runs are made")
+    add("--resume", metavar="RUN", help="go on with the run in this folder")
     add("--sanity", action="store_true", help="check the setup in a few seconds; train nothing")
     return parser
 
 
 def parse_args(words=None) -> argparse.Namespace:
-    """The flags. A flag that was not given and depends on another one is filled in."""
+    """The flags. One that was not given and depends on another one is filled in."""
     args = make_parser().parse_args(words)
     if args.lr is None:
         args.lr = PEAK_LR[args.opt] if args.sched == "onecycle" else START_LR[args.opt]
@@ -655,12 +647,10 @@ def resume(args):
     for word in sys.argv[1:]:
         if word.startswith("--") and word.split("=")[0] not in allowed:
             raise UserError(f"--resume keeps the settings of the run: leave out {word}")
-    checkpoint, _ = read_pt(args.resume / "checkpoint.pt")
-    device = args.device
-    data_dir = args.data_dir
-    args = changed(checkpoint["args"], resume=args.resume, runs=1, device=device)
-    if any(word.startswith("--data-dir") for word in sys.argv[1:]):
-        args.data_dir = data_dir
+    checkpoint, _ = read_pt(Path(args.resume, "checkpoint.pt"))
+    saved = checkpoint["args"]
+    args = changed(saved, resume=args.resume, runs=1, device=args.device,
+                   data_dir=args.data_dir or saved.data_dir)
     return args, checkpoint
 
 
@@ -691,11 +681,11 @@ def main() -> None:
     accuracies = []
     for seed in range(args.seed, args.seed + args.runs):
         args = changed(args, seed=seed)     # all else stays equal
-        folder = args.resume or new_folder(args.out)
+        folder = Path(args.resume or new_folder(args.out))
         try:
             network, history = train(args, data, folder, checkpoint)
         except KeyboardInterrupt:           # the epochs that are finished are saved
-            print(f"\nstopped. To go on: python train.py --resume {quote(folder)}")
+            print(f"\nstopped. To go on: python train.py --resume {shlex.quote(str(folder))}")
             raise
         accuracies.append(history[-1]["test_accuracy"])
         print_summary(args, data, network, history, folder)
