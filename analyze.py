@@ -34,7 +34,7 @@ from train import load_run, predict
 
 # ---- The report -------------------------------------------------------------------------------
 
-def report(name, run, data) -> Tensor:
+def report(name, run, data):
     """Print what the run gets wrong on the test images. Return its logits, N×K for K classes."""
     images, labels = data.test
     logits = predict(run.network, images, run.mean, run.std)
@@ -60,7 +60,7 @@ def report(name, run, data) -> Tensor:
     return logits
 
 
-def wilson_interval(correct: int, total: int, z=1.96) -> tuple[float, float]:
+def wilson_interval(correct, total, z=1.96):
     """Return the 95% interval of an accuracy (Wilson, 1927): all true accuracies for which the
     measured one would be no surprise, that is, within 1.96 standard deviations.
 
@@ -74,7 +74,7 @@ def wilson_interval(correct: int, total: int, z=1.96) -> tuple[float, float]:
     return (centre - half_width) / shrink, (centre + half_width) / shrink
 
 
-def calibration(logits: Tensor, labels: Tensor, bins=15) -> tuple[float, float]:
+def calibration(logits: Tensor, labels: Tensor, bins=15):
     """Of the images on which a network is 90% sure, is it right on 90%?
 
     Return the mean confidence (the largest probability) and the expected calibration error (Guo et
@@ -96,7 +96,7 @@ def calibration(logits: Tensor, labels: Tensor, bins=15) -> tuple[float, float]:
     return confidence.mean().item(), difference / len(labels)
 
 
-def confusion_table(labels: Tensor, answers: Tensor, classes: int) -> Tensor:
+def confusion_table(labels: Tensor, answers: Tensor, classes):
     """Return counts K×K: a row for each label, a column for each answer."""
     table = torch.zeros(classes, classes, dtype=torch.int64)
     for label, answer in zip(labels.tolist(), answers.tolist()):
@@ -104,7 +104,7 @@ def confusion_table(labels: Tensor, answers: Tensor, classes: int) -> Tensor:
     return table
 
 
-def print_table(table: Tensor) -> None:
+def print_table(table: Tensor):
     """Print the confusion table with recall and precision.
 
     Recall divides by the row: how many of the real 4s were called 4? Precision divides by the
@@ -122,21 +122,20 @@ def print_table(table: Tensor) -> None:
     print("precision, %" + "".join(f"{precision:6.1f}" for precision in precisions))
 
 
-def most_confused(table: Tensor, limit=5) -> list[tuple[int, int, int]]:
-    """Return the most confused pairs as (errors, a, b). Both directions count together."""
+def most_confused(table: Tensor):
+    """Return the five most confused pairs as (errors, a, b). Both directions count together."""
     pairs = []
     for a in range(len(table)):
         for b in range(a + 1, len(table)):
             errors = (table[a, b] + table[b, a]).item()
             if errors > 0:
                 pairs.append((errors, a, b))
-    pairs.sort(key=lambda pair: -pair[0])
-    return pairs[:limit]
+    return sorted(pairs, reverse=True)[:5]
 
 
 # ---- Two networks on the same images ----------------------------------------------------------
 
-def compare(folders: list, data_dir) -> None:
+def compare(folders, data_dir):
     """Print whether one of two runs is better than the other on the same test images.
 
     Two intervals that overlap do not answer this. Most images are easy or hard for both networks,
@@ -157,7 +156,7 @@ def compare(folders: list, data_dir) -> None:
           f"between two equally good networks")
 
 
-def mcnemar(only_a_right: int, only_b_right: int) -> float:
+def mcnemar(only_a_right, only_b_right):
     """Return the p-value of the exact test (McNemar, 1947).
 
     If two networks are equally good, each image on which they differ is a coin toss. How likely
@@ -171,17 +170,14 @@ def mcnemar(only_a_right: int, only_b_right: int) -> float:
 
 # ---- Label errors -----------------------------------------------------------------------------
 
+# An image, its label, the most probable other class, and the probability of the label minus that of
+# the other class. At 1 the network is certain of the label, below 0 it is an error, at -1 the
+# network is certain that the label is wrong (Northcutt, Jiang, Chuang, 2021).
 Suspect = namedtuple("Suspect", "index label other margin")
 
 
-def rank_labels(logits: Tensor, labels: Tensor) -> list[Suspect]:
-    """Return all N images, the least believed label first, from logits R×N×K of R runs.
-
-    other     the most probable of the other classes
-    margin    probability of the label minus that of `other`, averaged over the runs. At 1 all runs
-              are certain of the label, below 0 it is an error, at -1 all runs are certain that the
-              label is wrong (Northcutt, Jiang, Chuang, 2021).
-    """
+def rank_labels(logits: Tensor, labels: Tensor):
+    """Return all N images, the least believed label first, from logits R×N×K of R runs."""
     # Each run has one vote: probabilities are averaged, not logits, which may be of any size.
     probabilities = logits.softmax(2).mean(0)                                           # N×K
     column = labels[:, None]                                                            # N×1
@@ -196,7 +192,7 @@ def rank_labels(logits: Tensor, labels: Tensor) -> list[Suspect]:
     return found
 
 
-def report_suspects(folders: list, data_dir) -> None:
+def report_suspects(folders, data_dir):
     """Print the 20 least believed test labels of one or several runs, and draw 48 of them.
 
     This is no proof: runs of one recipe make the same mistakes, and an odd digit with a right
@@ -215,7 +211,7 @@ def report_suspects(folders: list, data_dir) -> None:
     print(f"\ndrawn: {path}")
 
 
-def draw_suspects(found: list[Suspect], images: Tensor, path) -> None:
+def draw_suspects(found, images: Tensor, path):
     """Draw the first 48, eight in a row."""
     shown = found[:48]
     rows = []
@@ -235,7 +231,7 @@ def draw_suspects(found: list[Suspect], images: Tensor, path) -> None:
 # into 20×20 pixels and put its centre of mass into the middle of 28×28 (LeCun et al., 1998). A
 # picture of your own has to go the same way: find paper and ink, crop, scale, centre.
 
-def prepare(picture: Tensor) -> Tensor:
+def prepare(picture: Tensor):
     """Return a picture C×H×W of one digit as MNIST would hold it: light on black, uint8 1×1×28×28.
     Raises UserError if nothing can be seen.
     """
@@ -255,22 +251,19 @@ def prepare(picture: Tensor) -> Tensor:
     return (255 * image).round().byte()[None, None]
 
 
-def find_ink(picture: Tensor) -> Tensor:
+def find_ink(picture: Tensor):
     """Return how much ink is at each pixel of a picture C×128×128 or less: H×W, from 0 to 1."""
+    brightness = picture.mean(0)                                                        # H×W
     # Paper is what most of the border shows. In a tightly cropped picture ink may cover more than
     # half of the area, but seldom of the border.
-    border = torch.cat([picture[:, 0], picture[:, -1], picture[:, :, 0], picture[:, :, -1]], dim=1)
-    paper = border.median(dim=1).values[:, None, None]                                  # C×1×1
-    difference = picture - paper
-
-    # Ink is the colour that differs most from the paper. Of other pixels only the part that goes
-    # in the direction from paper to ink counts: 0 is paper, 1 is ink, a bright spot is below 0.
-    distance = difference.abs().mean(0)                                                 # H×W
-    if distance.max() < 0.08:
-        return torch.zeros_like(distance)            # nothing but noise: blank
-    row, column = divmod(distance.argmax().item(), distance.shape[1])
-    to_ink = difference[:, row, column][:, None, None]                                  # C×1×1
-    amount = (difference * to_ink).sum(0) / to_ink.square().sum()
+    border = [brightness[0], brightness[-1], brightness[:, 0], brightness[:, -1]]
+    difference = brightness - torch.cat(border).median()
+    # Ink differs most from the paper. Then 0 is paper, 1 is ink, and on white paper a bright spot
+    # is below 0.
+    largest = difference.flatten()[difference.abs().argmax()]            # dark ink: below 0
+    if largest.abs() < 0.06:
+        return torch.zeros_like(difference)          # nothing but noise: blank
+    amount = difference / largest
 
     # Up to 0.3 it is shadow or a ruled line, from 0.7 on it is all ink. In between, edges stay
     # soft: a small scan has hardly more than edges.
@@ -280,7 +273,7 @@ def find_ink(picture: Tensor) -> Tensor:
     return ink * (share > 4.5 / 81)
 
 
-def first_pixel(ink: Tensor) -> int:
+def first_pixel(ink: Tensor):
     """Return the row (or column) of 28 at which a digit begins if its centre of mass is to be in
     the middle. `ink` is the ink in each of its rows (or columns)."""
     positions = torch.arange(len(ink)) + 0.5                             # the middle of each pixel
@@ -289,7 +282,7 @@ def first_pixel(ink: Tensor) -> int:
     return min(max(first, 0), 28 - len(ink))         # the whole digit has to be in the image
 
 
-def resize(image: Tensor, side: int) -> Tensor:
+def resize(image: Tensor, side):
     """Scale an image C×H×W, up or down, so that its longer side has `side` pixels."""
     height, width = image.shape[1:]
     scale = side / max(height, width)
@@ -297,7 +290,7 @@ def resize(image: Tensor, side: int) -> Tensor:
     return F.interpolate(image[None], size, mode="bicubic", antialias=True)[0].clamp(0, 1)
 
 
-def open_picture(path) -> Tensor:
+def open_picture(path):
     """Return a picture, upright, as numbers 4×H×W from 0 to 1: red, green, blue and opacity.
     Raises UserError.
     """
@@ -311,7 +304,7 @@ def open_picture(path) -> Tensor:
     return torch.from_numpy(np.array(picture)).permute(2, 0, 1) / 255
 
 
-def report_image(path: str, folder) -> None:
+def report_image(path, folder):
     """Print what the network of a run is shown and the probability of each digit."""
     run = load_run(folder)
     if input_shape(run.args.model) != (1, 28, 28):
@@ -329,7 +322,7 @@ def report_image(path: str, folder) -> None:
 # ---- Inside the network -----------------------------------------------------------------------
 
 @torch.no_grad()
-def evidence_maps(network, inputs: Tensor) -> Tensor | None:
+def evidence_maps(network, inputs: Tensor):
     """Return N×K×H×W: for each class a map of what each position adds to its logit.
 
     The sum of a map is the logit. Only a network that ends in global average pooling has such
@@ -350,7 +343,7 @@ def evidence_maps(network, inputs: Tensor) -> Tensor | None:
     return maps / maps[0, 0].numel()                                     # a mean is a sum of these
 
 
-def draw_evidence(run, images: Tensor, path) -> None:
+def draw_evidence(run, images: Tensor, path):
     """Draw one row per image: the image, then the evidence map of each class and its sum."""
     all_maps = evidence_maps(run.network, normalize(images, run.mean, run.std))
     if all_maps is None:
@@ -368,7 +361,7 @@ def draw_evidence(run, images: Tensor, path) -> None:
 
 
 @torch.no_grad()
-def draw_filters(run, image: Tensor, path) -> None:
+def draw_filters(run, image: Tensor, path):
     """Draw filters of the first layer, and the maps of one image C×H×W after each layer.
 
     The first filters find edges of some direction, or spots. Each layer combines the maps of the
@@ -397,7 +390,7 @@ def draw_filters(run, image: Tensor, path) -> None:
                   "White is 0, red is positive, blue is negative")
 
 
-def heat_row(maps: Tensor, caption: str) -> list:
+def heat_row(maps: Tensor, caption):
     """Return the first 8 of some maps C×H×W as a row for `gallery`, all on one scale."""
     shown = maps[:8]
     row = [(heat(values, shown.abs().max()), "") for values in shown]
@@ -406,7 +399,7 @@ def heat_row(maps: Tensor, caption: str) -> list:
     return row
 
 
-def draw_augmented(image: Tensor, path) -> None:
+def draw_augmented(image: Tensor, path):
     """Draw one image C×H×W as it is, then seven times as each recipe varies it."""
     torch.manual_seed(0)                             # the same picture each time
     rows = []
@@ -420,7 +413,7 @@ def draw_augmented(image: Tensor, path) -> None:
 
 # ---- Curves -----------------------------------------------------------------------------------
 
-def curves(history: list[dict], path) -> None:
+def curves(history, path):
     """Draw loss and accuracy after each epoch, on training, held-out and test images.
 
     `history` has a dict per epoch, as train.py returns it and read_log reads it.
@@ -437,7 +430,7 @@ def curves(history: list[dict], path) -> None:
     chart(panels, path)
 
 
-def read_log(path) -> list[dict]:
+def read_log(path):
     """Return the rows of a run's log.csv as dicts of numbers. Raises UserError."""
     history = []
     try:
@@ -537,14 +530,11 @@ def draw_panel(title, x_title, y_title, lines, band=None, marks={}, log_x=False,
     """Return one chart as a picture. It is drawn twice as large and halved, for smooth lines."""
     image = Image.new("RGB", (1600, 840), "white")
     draw = ImageDraw.Draw(image)
-    all_xs = []
-    all_ys = []
-    for xs, ys in lines.values():
-        all_xs += list(xs)
-        all_ys += list(ys)
+    all_xs = np.concatenate([xs for xs, _ in lines.values()])
+    all_ys = np.concatenate([ys for _, ys in lines.values()])
     if band:
         band_name, band_xs, lows, highs = band
-        all_ys += list(lows) + list(highs)
+        all_ys = np.concatenate([lows, highs])       # they are around the lines
     left, right, top, bottom = 130, 1280, 110, 730       # pixels are counted downwards
     x_axis = make_axis(all_xs, left, right, log_x)
     y_axis = make_axis(y_range or all_ys, bottom, top)
@@ -648,7 +638,7 @@ def draw_line(draw, xs, ys, colour, thickness):
 
 # ---- The command line -------------------------------------------------------------------------
 
-def report_run(folder, data_dir) -> None:
+def report_run(folder, data_dir):
     """Print the report of a run and draw all its pictures; only the curves if it still trains."""
     out = Path(folder, "analysis")
     curves(read_log(Path(folder, "log.csv")), out / "curves.png")
@@ -669,7 +659,7 @@ def report_run(folder, data_dir) -> None:
     print(f"drawn in {out}")
 
 
-def load_runs(folders: list, data_dir) -> tuple:
+def load_runs(folders, data_dir):
     """Load runs, and the data that they were trained on, from data_dir or from where it was then.
     Raises UserError if the runs were trained on different data."""
     runs = [load_run(folder) for folder in folders]
@@ -680,7 +670,7 @@ def load_runs(folders: list, data_dir) -> tuple:
     return runs, load(first.data, data_dir or first.data_dir)
 
 
-def last_run() -> Path:
+def last_run():
     """Return the run with the highest number under runs/."""
     folders = [path for path in Path("runs").glob("*") if path.name.isdecimal()]
     if not folders:
@@ -688,7 +678,7 @@ def last_run() -> Path:
     return max(folders, key=lambda path: int(path.name))
 
 
-def main() -> None:
+def main():
     parser = Parser(prog="analyze.py", description="What a trained network gets wrong, and why.")
     which = parser.add_mutually_exclusive_group()
     which.add_argument("--run", metavar="FOLDER",

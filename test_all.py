@@ -13,11 +13,9 @@ import contextlib
 import csv
 import doctest
 import functools
-import hashlib
 import inspect
 import io
 import math
-import os
 import random
 import re
 import shutil
@@ -527,22 +525,19 @@ def test_receptive_field_can_be_measured_with_nan():
 # ---- Images -----------------------------------------------------------------------------------
 
 def test_affine_matrix_asks_where_an_output_point_comes_from():
-    """An image spans -1 to 1, so its side is 2. A point is sheared, rotated, scaled and shifted.
-    Since y points down, a positive angle turns clockwise on the screen. The matrix leads back,
-    from a point of the output to the point of the input that it shows."""
+    """An image spans -1 to 1, so its side is 2, and y points down. The point (x, y) is sheared by
+    45 degrees, turned by 90 degrees clockwise, scaled and shifted. The matrix leads back, from the
+    point of the output to the point of the input that it shows."""
     x = 0.5
     y = 0.25
-    angle = math.radians(30)
+    sheared_x = x - y                                           # the tangent of 45 degrees is 1
+    turned_x = -y
+    turned_y = sheared_x
+    output_x = 0.8 * turned_x + 2 * 0.1                         # 0.1 of a side to the right
+    output_y = 0.8 * turned_y - 2 * 0.2                         # 0.2 of a side up
 
-    sheared_x = x - math.tan(math.radians(10)) * y
-    rotated_x = math.cos(angle) * sheared_x - math.sin(angle) * y
-    rotated_y = math.sin(angle) * sheared_x + math.cos(angle) * y
-    output_x = 0.8 * rotated_x + 2 * 0.1                        # 0.1 of a side to the right
-    output_y = 0.8 * rotated_y - 2 * 0.2                        # 0.2 of a side up
-
-    matrices = data.affine_matrices(
-        degrees=torch.tensor([30.0]), shift_x=torch.tensor([0.1]), shift_y=torch.tensor([-0.2]),
-        scale=torch.tensor([0.8]), shear=torch.tensor([10.0]))
+    degrees, shift_x, shift_y, scale, shear = torch.tensor([[90], [0.1], [-0.2], [0.8], [45]])
+    matrices = data.affine_matrices(degrees, shift_x, shift_y, scale, shear)
     input_point = matrices[0] @ torch.tensor([output_x, output_y, 1.0])
     assert_close(input_point, torch.tensor([x, y]))
 
@@ -551,13 +546,11 @@ def test_affine_matrix_moves_an_image_as_torchvision_does():
     """data.warp applies the matrix to each output pixel and reads the input at that point."""
     torch.manual_seed(0)
     images = torch.rand(1, 1, 28, 28)
-    matrices = data.affine_matrices(
-        degrees=torch.tensor([-10.0]), shift_x=torch.tensor([1 / 28]),
-        shift_y=torch.tensor([2 / 28]), scale=torch.tensor([1.1]), shear=torch.tensor([5.0]))
-    ours = data.warp(images, matrices)
-    theirs = affine(images, angle=-10.0, translate=[1, 2], scale=1.1, shear=[5.0, 0.0],
-                    interpolation=InterpolationMode.BILINEAR)
-    assert_close(ours, theirs, atol=1e-4, rtol=0)
+    degrees, shift_x, shift_y, scale, shear = torch.tensor([[-10.0], [1 / 28], [2 / 28], [1.1], [5]])
+    matrices = data.affine_matrices(degrees, shift_x, shift_y, scale, shear)
+    expected = affine(images, angle=-10.0, translate=[1, 2], scale=1.1, shear=[5.0, 0.0],
+                      interpolation=InterpolationMode.BILINEAR)
+    assert_close(data.warp(images, matrices), expected, atol=1e-4, rtol=0)
 
 
 # ---- Training as a whole ----------------------------------------------------------------------
@@ -672,15 +665,13 @@ def test_mnist_is_the_mnist_of_every_tutorial():
     mnist = data.load("mnist", MNIST)
     assert mnist.train[0].shape == (60_000, 1, 28, 28)
     assert mnist.test[0].shape == (10_000, 1, 28, 28)
-    assert mnist.mean.item() == pytest.approx(0.1307, abs=1e-4)
-    assert mnist.std.item() == pytest.approx(0.3081, abs=1e-4)
+    assert f"{mnist.mean.item():.4f} {mnist.std.item():.4f}" == "0.1307 0.3081"
 
 
 def test_colour_images_have_their_channels_first():
     """CIFAR-10 is stored as N×H×W×C, with the labels in a list."""
     stored = Mock(data=torch.randint(256, (6, 32, 32, 3)).byte(), targets=[3, 1, 4, 1, 5, 9])
     images, labels = data.as_tensors(stored)
-    assert images.shape == (6, 3, 32, 32)
     assert torch.equal(images[:, 2], stored.data[:, :, :, 2])
     assert labels.tolist() == stored.targets
 
@@ -725,7 +716,6 @@ FOUR = torch.zeros(4, 1, 8, 8, dtype=torch.uint8)
 
 @pytest.mark.parametrize("images, labels, said", [
     (FOUR.float(), [0, 1, 2, 3], "images must be uint8"),
-    (FOUR[:, 0], [0, 1, 2, 3], "images must be uint8, N×C×H×W"),
     (FOUR, [0, 1, 2], "one for each image"),
     (FOUR, [0, 1, 2, -1], "from 0 on"),
     (FOUR, [0, 1, 2, 0.5], "integers"),
@@ -836,6 +826,7 @@ def test_the_comments_of_model_py_agree_with_rf(name):
             assert row.field == "global"
         else:
             assert [axis.size for axis in row.field] == [int(size), int(size)]
+            assert row.measured.endswith(" =")                  # ink agrees
 
 
 def test_each_way_to_halve_a_map_gives_the_same_shape():
@@ -1138,18 +1129,6 @@ def test_a_sweep_ends_when_ten_losses_are_above_the_first_ten():
     assert lr_finder.is_over([2.0, math.inf])
 
 
-def test_a_range_test_of_regression():
-    """Targets near 200,000."""
-    torch.manual_seed(0)
-    inputs = torch.randn(64, 5)
-    targets = 2e5 + 1e4 * inputs @ torch.randn(5, 1)
-    rates, losses = lr_finder.range_test(
-        nn.Linear(5, 1), lambda network: torch.optim.SGD(network.parameters(), lr=1.0),
-        lambda network: F.mse_loss(network(inputs), targets))
-    picks = lr_finder.pick_rates(rates, losses)
-    assert rates[0] < picks["recommended"] < rates[-1]
-
-
 def test_the_range_test_ends_with_a_command_that_train_takes(tmp_path):
     flags = f"{QUICK} --opt adam --no-nesterov"
     code, text, _ = call(lr_finder, f"{flags} --out {tmp_path}")
@@ -1160,27 +1139,36 @@ def test_the_range_test_ends_with_a_command_that_train_takes(tmp_path):
     train.parse_args(command.split()[3:])
 
 
-def test_a_grid_goes_on_when_a_rate_is_too_large(tmp_path):
-    flags = f"{QUICK} --model n2-plain --out {tmp_path} --grid sgd:1e6,0"
-    code, text, _ = call(lr_finder, f"{flags} sgd:0.01,0")
+def test_a_sweep_without_a_descent_says_so(monkeypatch, tmp_path):
+    monkeypatch.setattr(lr_finder, "pick_rates", lambda rates, losses: {})
+    assert "not clear" in expect_error(lr_finder, f"{QUICK} --out {tmp_path}")
+
+
+def test_a_grid_goes_on_when_a_rate_is_too_large(monkeypatch, tmp_path):
+    too_large = {"opt": "sgd", "lr": 1e6, "weight_decay": 0.0}
+    monkeypatch.setattr(lr_finder, "GRID", [too_large, too_large | {"lr": 0.01}])
+    flags = f"{QUICK} --model n2-plain --out {tmp_path} --grid"
+    code, text, _ = call(lr_finder, flags)
     assert code == 0
     assert "nan%  sgd" in text
-    assert "best: sgd, lr 0.01" in text
+    assert "best: sgd, lr 0.01, " in text
+    monkeypatch.setattr(lr_finder, "GRID", [too_large])
     assert "lower rates" in expect_error(lr_finder, flags)
 
 
-def test_a_search_halves_its_settings(monkeypatch, tmp_path):
-    tried = []
+def test_a_search_tries_random_settings(monkeypatch, tmp_path):
+    rates = []
 
     def stand_in(args, data, quiet):
-        tried.append((args.epochs, args.lr))
+        rates.append(args.lr)
         return None, [{"val_accuracy": 90 + math.log10(args.lr)}]
 
     monkeypatch.setattr(train, "train", stand_in)
-    assert call(lr_finder, f"{QUICK} --search 4 --out {tmp_path}")[0] == 0
-    assert [epochs for epochs, _ in tried] == [1, 1, 1, 1, 2, 2, 4]
-    assert tried[6][1] == max(rate for _, rate in tried)
-    assert len((tmp_path / "001/trials.csv").read_text().splitlines()) == 1 + 7
+    code, text, _ = call(lr_finder, f"{QUICK} --search 4 --out {tmp_path}")
+    assert code == 0
+    assert len(set(rates)) == 4
+    assert f"best: sgd, lr {max(rates):.3g}, " in text
+    assert len((tmp_path / "001/trials.csv").read_text().splitlines()) == 1 + 4
 
 
 # ---- Plumbing: files --------------------------------------------------------------------------
@@ -1234,7 +1222,7 @@ def test_a_damaged_run_is_refused_and_left_alone(file, script, flag, runs, tmp_p
         "unknown network": pt_file(contents | {"args": {"model": "nosuch"}}),
         "other network": pt_file(contents | {"network": model.build("n3").state_dict()}),
     }
-    for key in contents:
+    for key in contents.keys() - {"epoch"}:                     # only for the eye
         damaged[f"no {key}"] = pt_file({name: contents[name] for name in contents if name != key})
     path = tmp_path / file
     for name, content in damaged.items():
@@ -1253,7 +1241,6 @@ WRONG_INPUT = [
     (train, "--lr nan", "at least"),
     (train, "--epo 3", "unrecognized arguments"),
     (train, "--data synthetic --val 10000", "too few for --val 10000"),
-    (train, "--data synthetic --model cifar", "channels"),
     (train, "--data synthetic --model tiny --dropout 0.1", "'dropout'"),
     (train, "--resume run --epochs 18", "leave out --epochs"),
     (rf, "--input 1x20", "takes images C×H×W"),
@@ -1261,11 +1248,9 @@ WRONG_INPUT = [
     (rf, "--torchvision resnet5", "no classifier 'resnet5'"),
     (rf, "--model n2 --input 1x20x20", "11 Linear has in_features=400, got 144"),
     (rf, "--run a --model n2", "not allowed"),
-    (lr_finder, "--grid sgd=0.1", "'sgd=0.1' is not like sgd:0.1,5e-4"),
+    (lr_finder, "--grid --search 3", "not allowed"),
     (lr_finder, "--lr 0.1", "--lr is for train.py only"),
     (lr_finder, "--nosuch", "unrecognized arguments: --nosuch"),
-    (lr_finder, "--data synthetic --model tiny --limit 640 --factor 1.0001 --steps 20",
-     "not clear"),
     (analyze, "--run nosuchrun", "nosuchrun"),
     (analyze, "--compare a b --image c", "--image goes with --run only"),
 ]
@@ -1332,23 +1317,16 @@ def test_published_receptive_fields(name, size):
     assert multiply_adds / 1e9 == pytest.approx(stated["_ops"], rel=0.01)
 
 
-@pytest.mark.parametrize("name", model.NETWORKS)
-def test_units_see_their_receptive_fields_in_each_network(name):
-    rows, _ = rf.follow(model.build(name), model.input_shape(name))
-    for row in rows:
-        assert row.measured.endswith("=") or row.field in ("global", "")
-
-
 def test_a_sum_has_the_field_around_its_branches():
     branches = Function(
         lambda x: F.avg_pool2d(x, (1, 7), 1, (0, 3)) + F.max_pool2d(x, (5, 1), 1, (2, 0)))
     assert field_of(branches) == ((1, 5, -2), (1, 7, -3))
 
 
-@pytest.mark.parametrize("padding, start", [("same", -2), ("valid", 0), ((2, 2), -2)])
-def test_padding_by_name_in_the_receptive_field(padding, start):
-    layer = nn.Conv2d(1, 4, 3, padding=padding, dilation=2)
-    assert field_of(layer) == ((1, 5, start), (1, 5, start))
+def test_padding_by_name_in_the_receptive_field():
+    for padding, start in (("same", -2), ("valid", 0), ((2, 2), -2)):
+        layer = nn.Conv2d(1, 4, 3, padding=padding, dilation=2)
+        assert field_of(layer) == ((1, 5, start), (1, 5, start))
 
 
 def test_a_function_has_the_field_of_its_layer():
@@ -1414,47 +1392,35 @@ def test_the_network_itself_is_left_alone():
 
 
 C = nn.Conv2d(1, 4, 3)
-REMEDIES = [        # a wrong network, what is said of it for 1×12×12 images, and the one advised
+PROBLEMS = [                                # networks and what is said of them for 1×12×12 images
     ([C, FLAT, nn.Linear(484, 10)],
-     "2 Linear has in_features=484, got 400. Write in_features=400",
-     [C, FLAT, nn.Linear(400, 10)]),
+     "2 Linear has in_features=484, got 400. Write in_features=400"),
     ([C, nn.Linear(400, 10)],
-     "1 Linear wants numbers in a row, got the map 4x10x10: put nn.Flatten() before it",
-     [C, FLAT, nn.Linear(400, 10)]),
+     "1 Linear wants numbers in a row, got the map 4x10x10: put nn.Flatten() before it"),
     ([C, nn.Conv2d(16, 4, 3)],
-     "1 Conv2d has in_channels=16, got 4x10x10. Write in_channels=4",
-     [C, nn.Conv2d(4, 4, 3)]),
+     "1 Conv2d has in_channels=16, got 4x10x10. Write in_channels=4"),
     ([C, nn.BatchNorm2d(8)],
-     "1 BatchNorm2d has num_features=8, got 4x10x10. Write num_features=4",
-     [C, nn.BatchNorm2d(4)]),
+     "1 BatchNorm2d has num_features=8, got 4x10x10. Write num_features=4"),
     ([C, FLAT, nn.MaxPool2d(2)],
-     "2 MaxPool2d wants a map C×H×W, got 400 numbers in a row: put it before nn.Flatten()",
-     [C, nn.MaxPool2d(2), FLAT]),
+     "2 MaxPool2d wants a map C×H×W, got 400 numbers in a row: put it before nn.Flatten()"),
     ([nn.MaxPool2d(6), C],
-     "1 Conv2d does not fit a 2x2 map: pool less, or take a larger image",
-     [nn.MaxPool2d(3), C]),
+     "1 Conv2d does not fit a 2x2 map: pool less, or take a larger image"),
     ([nn.MaxPool2d(6), nn.MaxPool2d(3)],
-     "1 MaxPool2d does not fit a 2x2 map: pool less",
-     [nn.MaxPool2d(3), nn.MaxPool2d(3)]),
+     "1 MaxPool2d does not fit a 2x2 map: pool less"),
     ([C, Function(lambda x: x.view(-1, 500))],
-     "1 view does not suit 4x10x10: torch.flatten(x, 1) takes any size (",
-     [C, Function(lambda x: torch.flatten(x, 1))]),
+     "1 view does not suit 4x10x10: torch.flatten(x, 1) takes any size ("),
     ([C, Function(lambda x: x.view(-1, 200))],
-     "the network mixes the images: 24 of them give 48 results. Write torch.flatten(x, 1)",
-     [C, Function(lambda x: torch.flatten(x, 1))]),
+     "the network mixes the images: 24 of them give 48 results. Write torch.flatten(x, 1)"),
     ([C, Function(lambda x: x + x[:, :, 1:])],
-     "1 add cannot join 4x10x10 and 4x9x10: give both branches the same padding",
-     [C, Function(lambda x: x + x)]),
+     "1 add cannot join 4x10x10 and 4x9x10: give both branches the same padding"),
 ]
 
 
-@pytest.mark.parametrize("wrong, message, right", REMEDIES,
-                         ids=[case[1][:20] for case in REMEDIES])
-def test_the_debugger_names_the_layer_and_its_remedy_works(wrong, message, right, capsys):
-    problem = rf.explain(nn.Sequential(*wrong), (1, 12, 12))
-    assert problem.startswith(message)
+@pytest.mark.parametrize("layers, said", PROBLEMS, ids=[said[:20] for _, said in PROBLEMS])
+def test_the_debugger_names_the_layer_and_what_helps(layers, said, capsys):
+    problem = rf.explain(nn.Sequential(*layers), (1, 12, 12))
+    assert problem.startswith(said)
     assert " parameters, " not in capsys.readouterr().out       # the table ends before this layer
-    assert rf.explain(nn.Sequential(*right), (1, 12, 12)) is None
 
 
 def test_only_pixels_of_its_receptive_field_move_a_unit():
@@ -1537,16 +1503,12 @@ def test_a_run_that_is_still_training_has_curves(runs, tmp_path):
     assert (tmp_path / "analysis/curves.png").exists()
 
 
-@pytest.mark.parametrize("network, drawn", [
-    (model.build("n3"), {"features.png", "filters.png"}),
-    (model.build("n2"), {"filters.png"}),
-    (nn.Identity(), set()),
-], ids=["n3", "n2", "identity"])
-def test_each_network_has_the_pictures_that_it_can_have(network, drawn, tmp_path):
-    run = train.Run(network.eval(), train.parse_args([]), mean=0.0, std=1.0)
+def test_a_network_without_maps_has_no_pictures_of_them(tmp_path, capsys):
+    run = train.Run(nn.Identity(), train.parse_args([]), mean=0.0, std=1.0)
     analyze.draw_evidence(run, torch.rand(2, 1, 28, 28), tmp_path / "features.png")
     analyze.draw_filters(run, torch.rand(1, 28, 28), tmp_path / "filters.png")
-    assert {path.name for path in tmp_path.iterdir()} == drawn
+    assert not list(tmp_path.iterdir())
+    assert "no picture of filters" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("text", ["", "epoch,train_loss\n", "epoch,train_loss\n1,oops\n", "\0"])
@@ -1607,15 +1569,6 @@ def test_a_digit_looks_the_same_on_any_paper(paper, box, digits, tmp_path):
         assert (found.float() - expected.float()).abs().mean() < 16
 
 
-def test_small_scans_keep_their_soft_edges():
-    """A bar of 2×6 pixels in a scan of 8×8: its middle is ink, its edges are grey."""
-    scan = torch.ones(1, 8, 8)
-    scan[:, 1:7, 3:5] = 0
-    image = analyze.prepare(scan)[0, 0]
-    assert image.max() == 255
-    assert ((image > 20) & (image < 235)).any()
-
-
 def test_a_turned_photograph_is_turned_back(tmp_path):
     photo = Image.new("L", (60, 60), 255)
     photo.paste(0, (20, 10, 25, 50))                            # an upright bar
@@ -1663,7 +1616,7 @@ def test_a_file_that_shows_no_digit_gets_one_line(runs, tmp_path):
 # ---- Plumbing: charts -------------------------------------------------------------------------
 
 @pytest.mark.parametrize("xs, ys", [
-    ([], []), ([1], [2]), ([1e-6, 1, 1e3], [-1, 0, 1e38]),
+    ([], []), ([1], [2]),
     ([1, 2, 3, 4], [math.nan, 1, math.inf, -math.inf])])
 def test_a_chart_draws_whatever_it_is_given(xs, ys, tmp_path):
     panel = {"title": "t", "x_title": "x", "y_title": "y", "lines": {"a": (xs, ys)}}
@@ -1680,10 +1633,8 @@ def test_ticks_are_round_numbers():
 
 def test_heat_is_white_at_zero():
     picture = analyze.heat(torch.tensor([[-1.0, 0.0, 1.0]]), torch.tensor(1.0))
-    blue, white, red = [picture.getpixel((x, 0)) for x in range(3)]
-    assert white == (255, 255, 255)
-    assert blue[2] > blue[0]
-    assert red[0] > red[2]
+    pixels = [picture.getpixel((x, 0)) for x in range(3)]
+    assert pixels == [(33, 102, 172), (255, 255, 255), (178, 24, 43)]       # blue, white, red
 
 
 # ---- Plumbing: what the README and assets/results.md say --------------------------------------

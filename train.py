@@ -20,7 +20,6 @@ import copy
 import io
 import math
 import os
-import shlex
 import statistics
 import sys
 import time
@@ -156,7 +155,7 @@ def train(args, data, folder=None, checkpoint=None, quiet=False):
     return network, history
 
 
-def augmentation_strength(args, progress) -> float:
+def augmentation_strength(args, progress):
     """How much of the augmentation is used: all of it up to the share args.fade_from of the
     training, then linearly less, down to none at the end."""
     if progress < args.fade_from:
@@ -167,7 +166,7 @@ def augmentation_strength(args, progress) -> float:
 # ---- Looking at images that nothing was learned from ------------------------------------------
 
 @torch.no_grad()                            # no gradients needed: saves time and memory
-def predict(network, images: Tensor, mean: Tensor, std: Tensor, batch_size=1000) -> Tensor:
+def predict(network, images: Tensor, mean: Tensor, std: Tensor, batch_size=1000):
     """Return the logits N×10 of images uint8 N×C×H×W."""
     network.eval()                          # dropout is off, batch norm uses its running averages
     parts = []
@@ -176,7 +175,7 @@ def predict(network, images: Tensor, mean: Tensor, std: Tensor, batch_size=1000)
     return torch.cat(parts)
 
 
-def evaluate(network, images, labels, mean, std) -> tuple[float, float]:
+def evaluate(network, images, labels, mean, std):
     """Return the mean loss over the images and the accuracy in percent.
 
     It is one mean over all images. A mean of the batches' means would give the images of a smaller
@@ -198,13 +197,15 @@ def evaluate(network, images, labels, mean, std) -> tuple[float, float]:
 # Adam divides by the size of the gradient and SGD does not, so a rate that suits one of them
 # tells nothing about the other. lr_finder.py finds a rate for either.
 
-WEIGHT_DECAY = {"sgd": 5e-4, "adam": 0.0, "adamw": 1e-2, "rmsprop": 0.0}
-START_LR = {"sgd": 0.05, "adam": 1e-3, "adamw": 1e-3, "rmsprop": 1e-3}
-OPTIMIZERS = ("sgd", "adam", "adamw", "rmsprop")
-PEAK_LR = {"sgd": 0.4, "adam": 2e-2, "adamw": 2e-2, "rmsprop": 6e-3}       # with OneCycle
+OPTIMIZERS = {                              # learning rate, OneCycle's peak rate, weight decay
+    "sgd": (0.05, 0.4, 5e-4),
+    "adam": (1e-3, 2e-2, 0.0),
+    "adamw": (1e-3, 2e-2, 1e-2),
+    "rmsprop": (1e-3, 6e-3, 0.0),
+}
 
 
-def make_optimizer(args, network) -> torch.optim.Optimizer:
+def make_optimizer(args, network):
     """sgd, adam, adamw or rmsprop over all parameters. `fused` computes a step in one go."""
     decayed = [p for p in network.parameters() if p.ndim > 1]
     spared = [p for p in network.parameters() if p.ndim <= 1]
@@ -250,7 +251,7 @@ def make_optimizer(args, network) -> torch.optim.Optimizer:
 SCHEDULES = ("none", "step", "cosine", "onecycle", "plateau")
 
 
-def learning_rate(args, step: int, total_steps: int, history: list) -> float:
+def learning_rate(args, step, total_steps, history):
     """The learning rate of a step, counted from 0.
 
     none       the same all the time
@@ -281,12 +282,12 @@ def learning_rate(args, step: int, total_steps: int, history: list) -> float:
     return args.lr * half_cosine((step - warmup_steps) / (total_steps - warmup_steps))
 
 
-def half_cosine(progress: float) -> float:
+def half_cosine(progress):
     """From 1 at progress 0 down to 0 at progress 1, flat at both ends."""
     return 0.5 * (1 + math.cos(math.pi * progress))
 
 
-def count_plateaus(history: list, patience=2) -> int:
+def count_plateaus(history, patience=2):
     """How many times the held-out loss went more than `patience` epochs without a new minimum."""
     lowest = math.inf
     waiting = 0
@@ -305,7 +306,7 @@ def count_plateaus(history: list, patience=2) -> int:
 
 # ---- The network and its first check ----------------------------------------------------------
 
-def make_network(args, data) -> nn.Module:
+def make_network(args, data):
     """A fresh network on the device of the data. Raises UserError if it cannot learn from it."""
     torch.manual_seed(args.seed)            # drawn on the CPU: the same weights on any device
     network = build_from(args).to(data.mean.device)
@@ -316,7 +317,7 @@ def make_network(args, data) -> nn.Module:
     return network
 
 
-def build_from(args) -> nn.Module:
+def build_from(args):
     """The network of model.py that the flags ask for."""
     options = {}
     for name in ("head", "down", "activation", "dropout"):
@@ -329,7 +330,7 @@ def build_from(args) -> nn.Module:
         raise UserError(f"the network {args.model!r} cannot be built: {error}")
 
 
-def find_problem(args, network, data) -> str:
+def find_problem(args, network, data):
     """Try one real step on a copy of the network. Return what is wrong, or an empty text."""
     # Two images, or a single one if that is what is left for the last batch of an epoch.
     alone = len(data.train[0]) % args.batch_size == 1 or args.batch_size == 1
@@ -361,7 +362,7 @@ def find_problem(args, network, data) -> str:
 
 # ---- Before any tuning: is the setup sound? ---------------------------------------------------
 
-def sanity(args, data) -> bool:
+def sanity(args, data):
     """Check network, data and recipe in a few seconds. Print what is seen, return if all is well.
 
     A fresh network guesses, so its loss is about ln K for K classes. Ten images are few enough to
@@ -405,7 +406,7 @@ def sanity(args, data) -> bool:
     ])
 
 
-def check(passed: bool, found: str, expected: str, likely: str) -> bool:
+def check(passed, found, expected, likely):
     """Print a line about one check of `sanity`. Return whether it passed."""
     if passed:
         print(f"ok    {found}")
@@ -427,7 +428,7 @@ def without_test(data):
 
 # ---- What is printed --------------------------------------------------------------------------
 
-def print_progress(args, epoch, loss, seen: int, image_count: int, started: float) -> None:
+def print_progress(args, epoch, loss, seen, image_count, started):
     """In a terminal or a notebook: one line that is drawn over while an epoch runs."""
     if not can_redraw():
         return
@@ -439,13 +440,13 @@ def print_progress(args, epoch, loss, seen: int, image_count: int, started: floa
     print(line.ljust(79), end="\r", flush=True)     # \r: back to the start of the line
 
 
-def can_redraw() -> bool:
+def can_redraw():
     if sys.stdout is None:
         return False
     return sys.stdout.isatty() or "ipykernel" in sys.modules
 
 
-def print_epoch(row: dict, steps: int, data) -> None:
+def print_epoch(row, steps, data):
     """The two lines per epoch of the course notes, a third one for held-out images."""
     line = (f"Train: Loss={row['train_loss']:.4f} Batch_id={steps - 1} LR={row['lr']:.6f} "
             f"Accuracy={row['train_accuracy']:.2f}")
@@ -461,17 +462,17 @@ def print_epoch(row: dict, steps: int, data) -> None:
                   f"{correct}/{count} ({accuracy:.2f}%)", flush=True)
 
 
-def print_summary(args, data, network, history: list, folder: Path) -> None:
+def print_summary(args, data, network, history, folder):
     count = len(data.test[0])
     seconds = sum(row["seconds"] for row in history)
     print(f"\n{history[-1]['test_accuracy']:.2f}% of {count:,} test images of {data.name} right "
           f"after the last epoch, seed {args.seed}")
     print(f"{args.model}: {networks.count_parameters(network):,} parameters, {args.epochs} epochs "
           f"in {seconds:.0f} s")
-    print(f"next: python analyze.py --run {shlex.quote(str(folder))}")
+    print(f"next: python analyze.py --run {folder}")
 
 
-def print_spread(accuracies: list) -> None:
+def print_spread(accuracies):
     mean = statistics.mean(accuracies)
     std = statistics.stdev(accuracies)
     print(f"\ntest accuracy of the last epoch, {len(accuracies)} seeds: mean {mean:.3f}%, standard "
@@ -484,12 +485,12 @@ class LossNotFinite(UserError):
     """The training broke: its loss is infinite or NaN."""
 
 
-def require_finite(loss: float, epoch: int) -> None:
+def require_finite(loss, epoch):
     if not math.isfinite(loss):
         raise LossNotFinite(f"epoch {epoch}: the loss is {loss}. Try a lower --lr, or --clip 1")
 
 
-def save_run(folder, args, data, network, optimizer, history: list) -> None:
+def save_run(folder, args, data, network, optimizer, history):
     """Save the checkpoint and the log, at the end the weights. Without a folder nothing is saved.
 
     Weights alone are not enough to go on from: the optimizer holds a velocity for each weight.
@@ -515,13 +516,13 @@ def save_run(folder, args, data, network, optimizer, history: list) -> None:
         })
 
 
-def save_pt(path: Path, contents: dict) -> None:
+def save_pt(path, contents):
     buffer = io.BytesIO()
     torch.save(contents, buffer)
     save(path, buffer.getvalue())           # whole or not at all: see data.py
 
 
-def read_pt(path: Path) -> tuple[dict, nn.Module]:
+def read_pt(path):
     """The contents of a .pt file of this script, and its network. UserError for any other file."""
     try:
         # A .pt file is a ZIP archive with a checksum for each part, at which torch.load does not
@@ -548,7 +549,7 @@ class Run(NamedTuple):
     std: Tensor
 
 
-def load_run(folder) -> Run:
+def load_run(folder):
     """The run that is saved in a folder such as runs/001. Raises UserError."""
     path = Path(folder) / "weights.pt"
     contents, network = read_pt(path)
@@ -558,20 +559,17 @@ def load_run(folder) -> Run:
         raise UserError(f"{path} has no {error}")
 
 
-def restore(checkpoint: dict, network, optimizer) -> list:
+def restore(checkpoint, network, optimizer):
     """Load a checkpoint into network and optimizer. Return its history. Raises UserError."""
     try:
         network.load_state_dict(checkpoint["network"])
         optimizer.load_state_dict(checkpoint["optimizer"])
-        history = [dict(row) for row in checkpoint["history"]]
-        if len(history) != checkpoint["epoch"]:
-            raise ValueError("not as many rows as epochs")
-        return history
+        return checkpoint["history"]
     except Exception as error:
         raise UserError(f"the checkpoint does not fit its network ({reason(error)})")
 
 
-def new_folder(out: str) -> Path:
+def new_folder(out):
     """Make out/001, or out/002, ...: the first that is not there. If two runs start in the same
     moment, mkdir gives each folder to one of them only."""
     count = 1
@@ -586,7 +584,7 @@ def new_folder(out: str) -> Path:
 
 # ---- The command line -------------------------------------------------------------------------
 
-def make_parser() -> digits.Parser:
+def make_parser():
     """The flags. The ranges after "usual" are the lecture's."""
     parser = digits.Parser(prog="train.py", description="Train a network on MNIST.")
     add = parser.add_argument
@@ -627,13 +625,14 @@ def make_parser() -> digits.Parser:
     return parser
 
 
-def parse_args(words=None) -> argparse.Namespace:
+def parse_args(words=None):
     """The flags. One that was not given and depends on another one is filled in."""
     args = make_parser().parse_args(words)
+    rate, peak_rate, weight_decay = OPTIMIZERS[args.opt]
     if args.lr is None:
-        args.lr = PEAK_LR[args.opt] if args.sched == "onecycle" else START_LR[args.opt]
+        args.lr = peak_rate if args.sched == "onecycle" else rate
     if args.weight_decay is None:
-        args.weight_decay = WEIGHT_DECAY[args.opt]
+        args.weight_decay = weight_decay
     if args.step_every is None:
         args.step_every = math.ceil(args.epochs / 5)
     if args.sched == "plateau" and args.val == 0:
@@ -660,7 +659,7 @@ def load_data(args):
     return digits.load(args.data, args.data_dir, device, args.val, args.limit)
 
 
-def main() -> None:
+def main():
     args = parse_args()
     checkpoint = None
     if args.resume:
@@ -685,7 +684,7 @@ def main() -> None:
         try:
             network, history = train(args, data, folder, checkpoint)
         except KeyboardInterrupt:           # the epochs that are finished are saved
-            print(f"\nstopped. To go on: python train.py --resume {shlex.quote(str(folder))}")
+            print(f"\nstopped. To go on: python train.py --resume {folder}")
             raise
         accuracies.append(history[-1]["test_accuracy"])
         print_summary(args, data, network, history, folder)
