@@ -98,10 +98,8 @@ def calibration(logits: Tensor, labels: Tensor, bins=15):
 
 def confusion_table(labels: Tensor, answers: Tensor, classes):
     """Return counts K×K: a row for each label, a column for each answer."""
-    table = torch.zeros(classes, classes, dtype=torch.int64)
-    for label, answer in zip(labels.tolist(), answers.tolist()):
-        table[label, answer] += 1
-    return table
+    cells = labels * classes + answers               # a number for each pair (label, answer)
+    return cells.bincount(minlength=classes ** 2).view(classes, classes)
 
 
 def print_table(table: Tensor):
@@ -422,10 +420,9 @@ def curves(history, path):
     panels = []
     for quantity, unit in (("loss", "mean per image"), ("accuracy", "% of the images")):
         lines = {}
-        for name, images in (("train", "training"), ("val", "held-out"), ("test", "test")):
-            column = f"{name}_{quantity}"
-            if column in history[0]:
-                lines[images] = (epochs, [row[column] for row in history])
+        for column in history[0]:
+            if column.endswith(quantity):
+                lines[column.replace("_", " ")] = (epochs, [row[column] for row in history])
         panels.append({"title": quantity, "x_title": "epoch", "y_title": unit, "lines": lines})
     chart(panels, path)
 
@@ -439,7 +436,7 @@ def read_log(path):
                 history.append({name: float(value) for name, value in row.items()})
         if not history:
             raise ValueError("it has no rows")
-    except (OSError, ValueError, TypeError, csv.Error) as error:
+    except Exception as error:                       # whatever a missing or damaged file can do
         raise UserError(f"{path} is no log of train.py ({reason(error)})")
     return history
 
@@ -504,9 +501,9 @@ COLOURS = ("#1f6fb4", "#d9622b", "#2e8b57", "#8e44ad", "#b8860b", "#008b8b", "#c
 
 FONT = ImageFont.load_default(28)                    # of a chart before it is halved
 
-# Values from low to high lie at the pixels from first to last. On a logarithmic axis the values are
-# exponents of ten. `whole`: only whole numbers get a tick, such as exponents or epochs.
-Axis = namedtuple("Axis", "low high first last whole log")
+# Values from low to high lie at the pixels from first to last. If they are all whole numbers, such
+# as epochs, so are the ticks.
+Axis = namedtuple("Axis", "low high first last whole")
 
 
 def chart(panels, path):
@@ -528,6 +525,9 @@ def chart(panels, path):
 
 def draw_panel(title, x_title, y_title, lines, band=None, marks={}, log_x=False, y_range=None):
     """Return one chart as a picture. It is drawn twice as large and halved, for smooth lines."""
+    if log_x:                                        # from here on x is a power of ten
+        lines = {name: (np.log10(xs), ys) for name, (xs, ys) in lines.items()}
+        marks = {name: math.log10(x) for name, x in marks.items()}
     image = Image.new("RGB", (1600, 840), "white")
     draw = ImageDraw.Draw(image)
     all_xs = np.concatenate([xs for xs, _ in lines.values()])
@@ -536,9 +536,9 @@ def draw_panel(title, x_title, y_title, lines, band=None, marks={}, log_x=False,
         band_name, band_xs, lows, highs = band
         all_ys = np.concatenate([lows, highs])       # they are around the lines
     left, right, top, bottom = 130, 1280, 110, 730       # pixels are counted downwards
-    x_axis = make_axis(all_xs, left, right, log_x)
+    x_axis = make_axis(all_xs, left, right, whole=log_x)
     y_axis = make_axis(y_range or all_ys, bottom, top)
-    draw_axes(draw, x_axis, y_axis)
+    draw_axes(draw, x_axis, y_axis, log_x)
     draw.text((32, 16), title, BLACK, ImageFont.load_default(34))
     draw.text((32, 66), y_title, GREY, FONT)
     draw.text(((left + right) / 2, bottom + 54), x_title, GREY, FONT, anchor="ma")
@@ -567,46 +567,41 @@ def draw_panel(title, x_title, y_title, lines, band=None, marks={}, log_x=False,
     return image.reduce(2)
 
 
-def draw_axes(draw, x_axis, y_axis):
+def draw_axes(draw, x_axis, y_axis, log_x):
     """Draw the grid and its numbers."""
     for value in ticks(x_axis):
         x = position(x_axis, value)
         draw.line((x, y_axis.first, x, y_axis.last), PALE, 2)
-        draw.text((x, y_axis.first + 12), f"{value:.6g}", GREY, FONT, anchor="ma")
+        label = 10.0 ** value if log_x else value
+        draw.text((x, y_axis.first + 12), f"{label:.6g}", GREY, FONT, anchor="ma")
     for value in ticks(y_axis):
         y = position(y_axis, value)
         draw.line((x_axis.first, y, x_axis.last, y), PALE, 2)
         draw.text((x_axis.first - 14, y), f"{value:.6g}", GREY, FONT, anchor="rm")
 
 
-def make_axis(values, first, last, log=False):
+def make_axis(values, first, last, whole=False):
     """Return an axis from the lowest to the highest of these values, with a little room."""
-    values = scaled(values, log)
+    values = np.array(values, dtype=float)
     values = values[np.isfinite(values)]
     if len(values) == 0:
         values = np.array([0.0, 1.0])
     low, high = values.min(), values.max()
     room = max((high - low) / 40, abs(high) / 1000, 1e-6)
-    whole = log or bool((values == values.round()).all())
-    return Axis(low - room, high + room, first, last, whole, log)
-
-
-def scaled(values, log):
-    """Return values as an array; for a logarithmic axis their logarithms to base ten."""
-    values = np.array(values, dtype=float)
-    return np.log10(values) if log else values
+    whole = whole or (values == values.round()).all()
+    return Axis(low - room, high + room, first, last, whole)
 
 
 def position(axis, values):
     """Return at which pixels values lie. NaN if they are off the axis."""
-    share = (scaled(values, axis.log) - axis.low) / (axis.high - axis.low)
+    share = (np.array(values) - axis.low) / (axis.high - axis.low)
     share = np.where((share >= 0) & (share <= 1), share, np.nan)
     return axis.first + share * (axis.last - axis.first)
 
 
 def ticks(axis):
     """Return the round numbers on an axis, nine at most: multiples of 1, 2 or 5 times a power of
-    ten, and on a logarithmic axis powers of ten."""
+    ten."""
     smallest_step = (axis.high - axis.low) / 8
     if axis.whole:
         smallest_step = max(smallest_step, 1)
@@ -615,11 +610,7 @@ def ticks(axis):
         step = factor * power
         if step >= smallest_step:
             break
-    multiples = range(math.ceil(axis.low / step), math.floor(axis.high / step) + 1)
-    values = [step * multiple for multiple in multiples]
-    if axis.log:
-        return [10.0 ** value for value in values]
-    return values
+    return np.arange(step * math.ceil(axis.low / step), axis.high, step)
 
 
 def draw_line(draw, xs, ys, colour, thickness):

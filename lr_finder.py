@@ -140,10 +140,7 @@ def sweep(args, data):
         logits = network(digits.normalize(images, data.mean, data.std))
         return F.cross_entropy(logits, labels, label_smoothing=args.label_smoothing)
 
-    def make_optimizer(network):
-        return training.make_optimizer(args, network)
-
-    return range_test(network, make_optimizer, next_loss)
+    return range_test(network, lambda network: training.make_optimizer(args, network), next_loss)
 
 
 def endless_batches(args, data):
@@ -260,7 +257,7 @@ def parse_args():
             raise UserError(f"{word} is for train.py only")
     args = training.changed(training.parse_args(others), **vars(own), given=others)
     if args.val == 0 and (args.grid or args.search):
-        args.val = 1000 if args.data == "synthetic" else 10_000          # images to choose on
+        args.val = 5000                              # images to choose on
     return args
 
 

@@ -25,7 +25,6 @@ import sys
 import time
 import zipfile
 from pathlib import Path
-from typing import NamedTuple
 
 import data as digits           # before torch: data.py says why
 from data import UserError, number, reason, run_command, save
@@ -523,7 +522,8 @@ def save_pt(path, contents):
 
 
 def read_pt(path):
-    """The contents of a .pt file of this script, and its network. UserError for any other file."""
+    """The contents of a .pt file of this script as attributes: network (a module, on the CPU), args
+    and so on. Raises UserError for any other file."""
     try:
         # A .pt file is a ZIP archive with a checksum for each part, at which torch.load does not
         # look. weights_only: to load a stranger's file must not run a stranger's code.
@@ -534,37 +534,29 @@ def read_pt(path):
         contents["args"] = argparse.Namespace(**(vars(parse_args([])) | contents["args"]))
         network = build_from(contents["args"])
         network.load_state_dict(contents["network"])
-        return contents, network
+        contents["network"] = network
+        return argparse.Namespace(**contents)
     except Exception as error:              # whatever a missing, damaged or foreign file can do
         raise UserError(f"{path} is missing, damaged, or not made by this train.py and model.py "
                         f"({reason(error)})")
 
 
-class Run(NamedTuple):
-    """A finished run: its network, in evaluation mode on the CPU, its flags, and mean and std of
-    the images that it was trained on, each 1×C×1×1."""
-    network: nn.Module
-    args: argparse.Namespace
-    mean: Tensor
-    std: Tensor
-
-
 def load_run(folder):
-    """The run that is saved in a folder such as runs/001. Raises UserError."""
-    path = Path(folder) / "weights.pt"
-    contents, network = read_pt(path)
-    try:
-        return Run(network.eval(), contents["args"], contents["mean"], contents["std"])
-    except KeyError as error:
-        raise UserError(f"{path} has no {error}")
+    """A finished run, such as runs/001: its network, in evaluation mode on the CPU, its args, and
+    mean and std of the images that it was trained on, 1×C×1×1 each. Raises UserError."""
+    run = read_pt(Path(folder, "weights.pt"))
+    if "mean" not in run:
+        raise UserError(f"weights.pt in {folder} has no mean: is it a checkpoint?")
+    run.network.eval()
+    return run
 
 
 def restore(checkpoint, network, optimizer):
     """Load a checkpoint into network and optimizer. Return its history. Raises UserError."""
     try:
-        network.load_state_dict(checkpoint["network"])
-        optimizer.load_state_dict(checkpoint["optimizer"])
-        return checkpoint["history"]
+        network.load_state_dict(checkpoint.network.state_dict())
+        optimizer.load_state_dict(checkpoint.optimizer)
+        return checkpoint.history
     except Exception as error:
         raise UserError(f"the checkpoint does not fit its network ({reason(error)})")
 
@@ -594,7 +586,7 @@ def make_parser():
     add("--down", choices=("overlap", "pool", "stride"), help="how `default` halves its maps")
     add("--activation", choices=networks.ACTIVATIONS, help="of the network `default`")
     add("--dropout", type=number(float, 0, 0.9), help="of `default`; usual: 0.05 to 0.2")
-    add("--data", choices=digits.NAMES, default="mnist", help="which data set")
+    add("--data", choices=digits.DATASETS, default="mnist", help="which data set")
     add("--data-dir", help="where it is or will be put; not given: data")
     add("--augment", choices=digits.AUGMENTATIONS, default="default", help="how images are varied")
     add("--limit", type=number(int, 1), help="train on the first LIMIT images; not given: on all")
@@ -646,10 +638,9 @@ def resume(args):
     for word in sys.argv[1:]:
         if word.startswith("--") and word.split("=")[0] not in allowed:
             raise UserError(f"--resume keeps the settings of the run: leave out {word}")
-    checkpoint, _ = read_pt(Path(args.resume, "checkpoint.pt"))
-    saved = checkpoint["args"]
-    args = changed(saved, resume=args.resume, runs=1, device=args.device,
-                   data_dir=args.data_dir or saved.data_dir)
+    checkpoint = read_pt(Path(args.resume, "checkpoint.pt"))
+    args = changed(checkpoint.args, resume=args.resume, runs=1, device=args.device,
+                   data_dir=args.data_dir or checkpoint.args.data_dir)
     return args, checkpoint
 
 
