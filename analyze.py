@@ -19,8 +19,8 @@ import math
 from collections import namedtuple
 from pathlib import Path
 
-from data import (Parser, UserError, augment, load, normalize, reason, run_command,
-                  save)                          # before torch: data.py says why
+# Before torch: data.py says why.
+from data import Parser, UserError, augment, load, normalize, reason, run_command, save
 
 import numpy as np
 import torch
@@ -54,7 +54,7 @@ def report(name, run, data):
     table = confusion_table(labels, answers, data.classes)
     print_table(table)
     print("\nmost confused")
-    for count, a, b in most_confused(table):
+    for _, a, b in most_confused(table):
         print(f"{a} and {b}: {table[a, b]} of label {a} called {b}, "
               f"{table[b, a]} of label {b} called {a}")
     return logits
@@ -151,7 +151,7 @@ def compare(folders, data_dir):
     print(f"only the first is right on {only_first} images, only the second on {only_second}")
     p_value = mcnemar(only_first, only_second)
     print(f"McNemar's test: p = {p_value:.3g}, the chance of a difference at least this large "
-          f"between two equally good networks")
+          "between two equally good networks")
 
 
 def mcnemar(only_a_right, only_b_right):
@@ -168,9 +168,10 @@ def mcnemar(only_a_right, only_b_right):
 
 # ---- Label errors -----------------------------------------------------------------------------
 
-# An image, its label, the most probable other class, and the probability of the label minus that of
-# the other class. At 1 the network is certain of the label, below 0 it is an error, at -1 the
-# network is certain that the label is wrong (Northcutt, Jiang, Chuang, 2021).
+# index: the number of an image. other: the most probable of the other classes. margin: probability
+# of the label minus that of `other`, averaged over the runs. At 1 all runs are certain of the label,
+# below 0 it is an error, at -1 all runs are certain that the label is wrong (Northcutt, Jiang,
+# Chuang, 2021).
 Suspect = namedtuple("Suspect", "index label other margin")
 
 
@@ -237,7 +238,7 @@ def prepare(picture: Tensor):
     rows = (ink > 0.5).any(dim=1).nonzero().flatten()
     columns = (ink > 0.5).any(dim=0).nonzero().flatten()
     if len(rows) == 0:
-        raise UserError("--image: the picture is blank, nothing in it differs from the paper")
+        raise UserError("--image: blank, nothing in it is darker or brighter than the paper")
     digit = ink[rows[0]:rows[-1] + 1, columns[0]:columns[-1] + 1]
 
     digit = resize(digit[None], 20)[0]
@@ -251,13 +252,13 @@ def prepare(picture: Tensor):
 
 def find_ink(picture: Tensor):
     """Return how much ink is at each pixel of a picture C×128×128 or less: H×W, from 0 to 1."""
-    brightness = picture.mean(0)                                                        # H×W
+    brightness = picture.mean(0)                     # H×W; the opacity counts, too
     # Paper is what most of the border shows. In a tightly cropped picture ink may cover more than
     # half of the area, but seldom of the border.
     border = [brightness[0], brightness[-1], brightness[:, 0], brightness[:, -1]]
     difference = brightness - torch.cat(border).median()
-    # Ink differs most from the paper. Then 0 is paper, 1 is ink, and on white paper a bright spot
-    # is below 0.
+    # Ink is what differs most from the paper. Divided by that difference, paper is 0 and ink is 1.
+    # On white paper a bright spot is below 0.
     largest = difference.flatten()[difference.abs().argmax()]            # dark ink: below 0
     if largest.abs() < 0.06:
         return torch.zeros_like(difference)          # nothing but noise: blank
@@ -294,6 +295,8 @@ def open_picture(path):
     """
     try:
         picture = ImageOps.exif_transpose(Image.open(path))      # a camera stores how it was held
+        if picture.mode[0] in "IF":
+            raise ValueError("it has 16 or 32 bits per pixel: save it with 8")
         # RGBa is colour times opacity: a colour hidden by full transparency becomes 0.
         picture = picture.convert("RGBA").convert("RGBa")
         picture.thumbnail((1000, 1000))              # only makes it smaller: photos take time
@@ -434,10 +437,12 @@ def read_log(path):
         with open(path, newline="") as file:
             for row in csv.DictReader(file):
                 history.append({name: float(value) for name, value in row.items()})
-        if not history:
-            raise ValueError("it has no rows")
+        missing = {"epoch", "train_loss", "train_accuracy"} - set(history[0])
+        if missing:
+            raise ValueError(f"no column {missing}")
     except Exception as error:                       # whatever a missing or damaged file can do
-        raise UserError(f"{path} is no log of train.py ({reason(error)})")
+        raise UserError(f"{path} is no log of train.py; a run has one after its first epoch "
+                        f"({reason(error)})")
     return history
 
 
@@ -501,8 +506,8 @@ COLOURS = ("#1f6fb4", "#d9622b", "#2e8b57", "#8e44ad", "#b8860b", "#008b8b", "#c
 
 FONT = ImageFont.load_default(28)                    # of a chart before it is halved
 
-# Values from low to high lie at the pixels from first to last. If they are all whole numbers, such
-# as epochs, so are the ticks.
+# Values from low to high lie at the pixels from first to last. `whole`: ticks at whole numbers only,
+# for epochs and for powers of ten.
 Axis = namedtuple("Axis", "low high first last whole")
 
 
@@ -511,7 +516,7 @@ def chart(panels, path):
 
         "title", "x_title", "y_title"
         "lines": {name: (xs, ys)}
-        "band": (name, xs, lows, highs)        a shaded area behind the lines
+        "band": (name, xs, lows, highs)        a shaded area behind the lines, not with log_x
         "marks": {name: x}                     vertical lines, three at most
         "log_x": True                          a logarithmic x axis
         "y_range": (low, high)                 otherwise the axis fits what is drawn
@@ -534,7 +539,7 @@ def draw_panel(title, x_title, y_title, lines, band=None, marks={}, log_x=False,
     all_ys = np.concatenate([ys for _, ys in lines.values()])
     if band:
         band_name, band_xs, lows, highs = band
-        all_ys = np.concatenate([lows, highs])       # they are around the lines
+        all_ys = np.concatenate([all_ys, lows, highs])
     left, right, top, bottom = 130, 1280, 110, 730       # pixels are counted downwards
     x_axis = make_axis(all_xs, left, right, whole=log_x)
     y_axis = make_axis(y_range or all_ys, bottom, top)
@@ -581,7 +586,8 @@ def draw_axes(draw, x_axis, y_axis, log_x):
 
 
 def make_axis(values, first, last, whole=False):
-    """Return an axis from the lowest to the highest of these values, with a little room."""
+    """Return an axis from the lowest to the highest of these values, with a little room. If all of
+    them are whole numbers, so are the ticks."""
     values = np.array(values, dtype=float)
     values = values[np.isfinite(values)]
     if len(values) == 0:
@@ -610,7 +616,7 @@ def ticks(axis):
         step = factor * power
         if step >= smallest_step:
             break
-    return np.arange(step * math.ceil(axis.low / step), axis.high, step)
+    return step * np.arange(math.ceil(axis.low / step), math.floor(axis.high / step) + 1)
 
 
 def draw_line(draw, xs, ys, colour, thickness):
@@ -672,16 +678,13 @@ def last_run():
 def main():
     parser = Parser(prog="analyze.py", description="What a trained network gets wrong, and why.")
     which = parser.add_mutually_exclusive_group()
-    which.add_argument("--run", metavar="FOLDER",
-                       help="a run; not given: the last one")
-    which.add_argument("--compare", nargs=2, metavar="FOLDER",
-                       help="two runs: is one better?")
+    which.add_argument("--run", metavar="FOLDER", help="a run; not given: the last one")
+    which.add_argument("--compare", nargs=2, metavar="FOLDER", help="two runs: is one better?")
     which.add_argument("--suspects", nargs="+", metavar="FOLDER",
                        help="one or more runs: which test labels may be wrong?")
     parser.add_argument("--image", metavar="FILE",
                         help="a picture of one digit: what does the run read?")
-    parser.add_argument("--data-dir",
-                        help="not given: where the run found its data")
+    parser.add_argument("--data-dir", help="not given: where the run found its data")
     args = parser.parse_args()
 
     if args.image and (args.compare or args.suspects):

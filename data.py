@@ -60,12 +60,14 @@ class Data(NamedTuple):
 
 
 def from_tensors(train, test, val=None, name="your data", device=None):
-    """A data set out of pairs (images, labels), yours for example. Raises UserError.
+    """Return a Data out of pairs (images, labels), yours for example. Raises UserError.
 
-    Images are uint8 N×C×H×W, from 0 to 255. Labels are integers N, from 0 to K - 1.
+    Images are uint8 N×C×H×W, from 0 to 255. Labels are integers N, from 0 to K - 1. They go to the
+    device (None: they stay where they are).
     """
     if val is None:
         val = (train[0][:0], train[1][:0])                       # no images
+
     # To the device once, all of it: later no batch has to travel while the training waits.
     pairs = (train, val, test)
     train, val, test = [checked(images, labels, device) for images, labels in pairs]
@@ -255,8 +257,12 @@ def random_erase(images: Tensor, chosen: Tensor):
 
 # ---- Where the images come from ---------------------------------------------------------------
 
-DATASETS = {"mnist": "MNIST", "fashion": "FashionMNIST", "cifar10": "CIFAR10",   # in torchvision
-            "synthetic": None}
+DATASETS = {                             # their names in torchvision
+    "mnist": "MNIST",
+    "fashion": "FashionMNIST",
+    "cifar10": "CIFAR10",
+    "synthetic": None,                   # see draw_digits
+}
 
 # torchvision checks what it downloads, but not what lies in the folder already. This checksum of
 # all pixels and labels finds every kind of damage.
@@ -264,7 +270,7 @@ MNIST_MD5 = "3a8942afaa4d4472e73e631e8d5025b7"
 
 
 def load(name="mnist", data_dir=None, device="cpu", val=0, limit=None):
-    """Load one of DATASETS onto a device, out of a folder (None: data). Raises UserError.
+    """Return one of DATASETS as a Data on a device, out of a folder (None: data). Raises UserError.
 
     The last `val` training images are held out; of the rest the first `limit` are kept (None: all).
     """
@@ -276,8 +282,8 @@ def load(name="mnist", data_dir=None, device="cpu", val=0, limit=None):
 
     remaining = len(train[0]) - val
     if remaining < (limit or 1):
-        raise UserError(f"{name} has {len(train[0])} training images, too few for --val {val} and "
-                        f"--limit {limit}")
+        raise UserError(f"{name} has {len(train[0])} training images, too few to hold out {val} "
+                        f"and to train on {limit or 1}")
     held_out = (train[0][remaining:], train[1][remaining:])
     train = (train[0][:remaining][:limit], train[1][:remaining][:limit])
 
@@ -287,9 +293,9 @@ def load(name="mnist", data_dir=None, device="cpu", val=0, limit=None):
 def load_torchvision(name, data_dir):
     """(train, test) of one of torchvision's data sets, downloaded if it is missing."""
     from torchvision import datasets     # it takes a second, so only where it is needed
-    dataset = getattr(datasets, DATASETS[name])
     socket.setdefaulttimeout(8)          # seconds; a server behind a firewall may never answer
     try:
+        dataset = getattr(datasets, DATASETS[name])
         data_dir.mkdir(parents=True, exist_ok=True)
         try:
             dataset(data_dir, download=True)
@@ -320,6 +326,7 @@ def as_tensors(dataset):
 
 
 def checksum(train, test):
+    """The MD5 of all pixels and labels, as text."""
     md5 = hashlib.md5()
     for tensor in (*train, *test):
         md5.update(tensor.numpy().tobytes())
@@ -392,19 +399,20 @@ def reason(error):
 
 
 def checked(images, labels, device):
-    """Images uint8 N×C×H×W and labels int64 N as tensors on the device. Raises UserError if they
-    are others."""
-    images = torch.as_tensor(images, device=device)
-    labels = torch.as_tensor(labels, device=device)
-    if images.dtype != torch.uint8 or images.dim() != 4:
-        raise UserError("images must be uint8, N×C×H×W, with values from 0 to 255")
-    if labels.shape != images.shape[:1] or labels.is_floating_point() or (labels < 0).any():
-        raise UserError("labels must be integers from 0 on, one for each image")
-    return images, labels.long()
+    """Images uint8 N×C×H×W and labels int64 N on the device. Raises UserError if they are others."""
+    if not isinstance(images, Tensor) or images.dtype != torch.uint8 or images.dim() != 4:
+        raise UserError("images must be a uint8 tensor N×C×H×W with values from 0 to 255")
+    if not isinstance(labels, Tensor) or labels.is_floating_point():
+        raise UserError("labels must be a tensor of integers")
+    labels = labels.long()
+    if labels.shape != images.shape[:1] or (labels < 0).any():
+        raise UserError("labels must count from 0, one for each image")
+    return images.to(device), labels.to(device)
 
 
 def save(path, content):
-    """Write a file whole or not at all, and make its folder. The scripts write with this function.
+    """Write bytes or text into a file, whole or not at all, and make its folder. All scripts write
+    with this function.
 
     The content goes to a .part file first, which then takes the place of the file in one step. A
     program that is stopped at any moment leaves the old file or the new one, and at most a .part
@@ -422,8 +430,8 @@ def save(path, content):
 
 
 def to_csv(rows):
-    """A table out of rows. The last row makes the header; a row of an older version of the script
-    may lack a column, and gets nan there."""
+    """The text of a CSV file out of dicts, one per row. The last row makes the header; a row of an
+    older version of the script may lack a column, and gets nan there."""
     text = io.StringIO()
     writer = csv.DictWriter(text, rows[-1].keys(), "nan", "ignore", lineterminator="\n")
     writer.writeheader()

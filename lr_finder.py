@@ -9,7 +9,8 @@ grid of short trainings, or a random search, can look closer, on held-out images
     python lr_finder.py --grid                   four classic settings, one epoch each
     python lr_finder.py --search 8               8 random settings, one epoch each
 
-It takes the flags of train.py, too: network, data, optimizer, size of a batch and so on.
+It takes the flags of train.py, too: network, data, optimizer, size of a batch and so on. (--clip
+and --fade-from do not act in the sweep.)
 
 Smith (2015) raised the rate linearly and watched the accuracy. fastai and the course notes (N4)
 raise it exponentially and watch the loss, and so does this script.
@@ -17,7 +18,6 @@ raise it exponentially and watch the loss, and so does this script.
 It prints the rates that it reads off the curve. Each time it makes a new folder (lr_finder/001,
 lr_finder/002, ...) for the picture lr_range.png or, with --grid and --search, the table trials.csv.
 """
-import argparse
 import copy
 import math
 import shlex
@@ -194,15 +194,15 @@ GRID = [
 
 
 def random_settings(count, opt, seed):
-    """Random pairs of rate and weight decay. Each tries a new value of both, where a grid repeats
-    the same few values (Bergstra and Bengio, 2012)."""
+    """`count` settings like those of GRID, at random. Each tries a new value of both rate and weight
+    decay, where a grid repeats the same few values (Bergstra and Bengio, 2012)."""
     generator = torch.Generator().manual_seed(seed)
     _, peak_rate, _ = training.OPTIMIZERS[opt]
     settings = []
     for _ in range(count):
         a, b = torch.rand(2, generator=generator).tolist()
         lr = peak_rate * 10 ** (3 * a - 1.5)         # log-uniform, up to 1.5 decades each way
-        weight_decay = 10 ** (4 * b - 5)                         # from 1e-5 to 1e-1
+        weight_decay = 10 ** (4 * b - 5)             # from 1e-5 to 1e-1
         settings.append({"opt": opt, "lr": lr, "weight_decay": weight_decay})
     return settings
 
@@ -232,8 +232,8 @@ def try_settings(settings, args, data):
 
 
 def describe(setting):
-    return (f"{setting['opt']}, lr {setting['lr']:.3g}, weight decay "
-            f"{setting['weight_decay']:.3g}")
+    """A setting in a few words."""
+    return f"{setting['opt']}, lr {setting['lr']:.3g}, weight decay {setting['weight_decay']:.3g}"
 
 
 # ---- The command line -------------------------------------------------------------------------
@@ -249,12 +249,15 @@ def parse_args():
     either.add_argument("--grid", action="store_true", help="train with each setting of GRID")
     either.add_argument("--search", type=number(int, 1, 1000), metavar="N",
                         help="train with N random settings")
-    add("--epochs", type=number(int, 1, 9999), default=1, help="of --grid and --search")
+    add("--epochs", type=number(int, 1, 9999), help="of --grid and --search; 1 if not given")
     add("--out", default="lr_finder", help="where the folders are made")
     own, others = parser.parse_known_args()
     for word in others:
-        if word.split("=")[0] in ("--lr", "--runs", "--resume", "--sanity"):
+        if word.split("=")[0] in ("--lr", "--sched", "--runs", "--resume", "--sanity"):
             raise UserError(f"{word} is for train.py only")
+    if own.epochs and not (own.grid or own.search):
+        raise UserError("--epochs belongs to --grid and --search")
+    own.epochs = own.epochs or 1
     args = training.changed(training.parse_args(others), **vars(own), given=others)
     if args.val == 0 and (args.grid or args.search):
         args.val = 5000                              # images to choose on

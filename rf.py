@@ -22,7 +22,8 @@ A unit is one position of a layer's map, with all its channels. The columns of t
                 "not followed": rf.py does not know what a unit sees
     start       the pixel at which the field of unit 0 begins; negative: in the padding
     measured    the most rows that one unit sees (and columns, if their number differs), found with
-                ink; only for images with height + width up to 128. The sign compares all units:
+                ink; only where RF is a number, and for images with height + width up to 128. The
+                sign compares all units:
                 =  every unit sees all pixels of its field and no others
                 <  some units see fewer: a dilated window has gaps
                 !  some units see more: a formula is wrong
@@ -324,14 +325,11 @@ def ink(input_shape):
 def measure(result, field, images):
     """How many rows and columns a unit sees at most, and how all units compare with the field."""
     height, width = images.shape[2:]
-    if field == NOT_FOLLOWED or result.dim() < 2:
-        return ""                                       # nothing to compare with, or no units
+    if field in (GLOBAL, NOT_FOLLOWED):
+        return ""                                       # no window to compare with
     if len(images) != height + width or len(result) != len(images):
-        return ""                                       # mixed images, or no ink
+        return ""                                       # no ink, or mixed images
     stained = result.isnan()
-    if field == GLOBAL:
-        field = Axis(0, height, 0), Axis(0, width, 0)
-        stained = stained.flatten(1)[:, :, None, None]  # one unit, which may see all pixels
     # stained is images × channels × rows × columns of units. The first `height` images have ink in
     # a row of pixels: which rows of units are stained?
     rows = stained[:height].any(dim=3).any(dim=1)       # pixels × units
@@ -423,6 +421,8 @@ def diagnose(call, error):
     got = times(shape)
 
     # First the number of axes: where that is wrong, no other number of channels helps.
+    if call.function.endswith(("1d", "3d")) and len(shape) == 3:
+        return f"does not take maps C×H×W, got {got}: layers for maps end in 2d"
     if call.function.endswith("2d") and len(shape) == 1:
         return f"wants a map C×H×W, got {got} numbers in a row: put it before nn.Flatten()"
     if call.function == "Linear" and len(shape) == 3:
@@ -480,6 +480,7 @@ def draw_fields(run, data, path):
         f"images of {data.name}": digits.normalize(images, data.mean, data.std),
         "white noise": torch.randn(images.shape),
     }
+    torch.manual_seed(run.args.seed)                # the weights with which the training began
     networks = {"fresh": build_from(run.args), "trained": run.network}
     rows, _ = follow(run.network, images.shape[1:])
     known = [row for row in rows if row.layer.endswith(" Conv2d") and isinstance(row.field, tuple)]
@@ -539,8 +540,8 @@ def make_parser():
     which.add_argument("--run", metavar="FOLDER",
                        help="the network of a run; draw its effective field, too")
     parser.add_argument("--input", metavar="CxHxW", type=shape,
-                        help="the shape of an image, such as 1x20x20")
-    parser.add_argument("--data-dir", help="not given: where the run found its data")
+                        help="the shape of an image for the table, such as 1x20x20")
+    parser.add_argument("--data-dir", help="of --run; not given: where the run found its data")
     return parser
 
 

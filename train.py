@@ -20,6 +20,7 @@ import copy
 import io
 import math
 import os
+import shlex
 import statistics
 import sys
 import time
@@ -96,7 +97,9 @@ def train(args, data, folder=None, checkpoint=None, quiet=False):
     optimizer = make_optimizer(args, network)
     history = []
     if checkpoint:
-        history = restore(checkpoint, network, optimizer)
+        network.load_state_dict(checkpoint.network.state_dict())
+        optimizer.load_state_dict(checkpoint.optimizer)
+        history = checkpoint.history
     save_run(folder, args, data, network, optimizer, history)
 
     image_count = len(data.train[0])
@@ -362,7 +365,7 @@ def find_problem(args, network, data):
 # ---- Before any tuning: is the setup sound? ---------------------------------------------------
 
 def sanity(args, data):
-    """Check network, data and recipe in a few seconds. Print what is seen, return if all is well.
+    """Check network, data and recipe in a few seconds. Print what is seen.
 
     A fresh network guesses, so its loss is about ln K for K classes. Ten images are few enough to
     be learned by heart. After 50 steps on new images the network has to be better than guessing; if
@@ -371,8 +374,7 @@ def sanity(args, data):
     ten = (data.train[0][:10], data.train[1][:10])
     by_heart = changed(args, opt="adam", lr=1e-3, sched="none", weight_decay=0.0, augment="none",
                        label_smoothing=0.0, epochs=100, batch_size=10)
-    network, history = train(by_heart, data._replace(train=ten, val=ten, test=ten),
-                             quiet=True)
+    network, history = train(by_heart, data._replace(train=ten, val=ten, test=ten), quiet=True)
     first_loss = history[0]["train_loss"]            # before any learning: an epoch is one step
     last_loss = history[-1]["test_loss"]
     last_accuracy = history[-1]["test_accuracy"]
@@ -381,37 +383,33 @@ def sanity(args, data):
     count = 50 * args.batch_size
     new = (data.train[0][:count], data.train[1][:count])
     steps = math.ceil(len(new[0]) / args.batch_size)
-    history = train(changed(args, epochs=1), without_test(data)._replace(train=new),
-                    quiet=True)[1]
+    _, history = train(changed(args, epochs=1), without_test(data)._replace(train=new), quiet=True)
     new_accuracy = history[0]["train_accuracy"]      # each image was new when it was counted
 
     guess = math.log(data.classes)
     wanted = 100 / data.classes + 15                 # percent: clearly better than guessing
-    return all([
-        check(abs(first_loss - guess) < 0.7,
-              f"loss of the fresh network: {first_loss:.2f}",
-              f"ln {data.classes} = {guess:.2f}",
-              "a last layer that is too large, or pixels that are not normalized"),
-        check(not unreached,
-              f"parameters without a gradient: {', '.join(unreached) or 'none'}",
-              "none", "a detach(), a frozen layer, or a layer that is never called"),
-        check(last_accuracy == 100,
-              f"ten images, 100 steps: {last_accuracy:.0f}%, loss {last_loss:.2f}",
-              "100%", "ReLUs that are always 0, or a network that mixes the images of a batch"),
-        check(new_accuracy > wanted,
-              f"new images, {steps} steps of your recipe: {new_accuracy:.0f}%",
-              f"more than {wanted:.0f}%",
-              "labels of other images, too few images, a rate far too small or too large"),
-    ])
+    check(abs(first_loss - guess) < 0.7,
+          f"loss of the fresh network: {first_loss:.2f}",
+          f"ln {data.classes} = {guess:.2f}",
+          "a last layer that is too large, or pixels that are not normalized")
+    check(not unreached,
+          f"parameters without a gradient: {', '.join(unreached) or 'none'}",
+          "none", "a detach(), a frozen layer, or a layer that is never called")
+    check(last_accuracy == 100,
+          f"ten images, 100 steps: {last_accuracy:.0f}%, loss {last_loss:.2f}",
+          "100%", "ReLUs that are always 0, or a network that mixes the images of a batch")
+    check(new_accuracy > wanted,
+          f"new images, {steps} steps of your recipe: {new_accuracy:.0f}%",
+          f"more than {wanted:.0f}%",
+          "labels of other images, too few images, a rate far too small or too large")
 
 
 def check(passed, found, expected, likely):
-    """Print a line about one check of `sanity`. Return whether it passed."""
+    """Print a line about one check of `sanity`."""
     if passed:
         print(f"ok    {found}")
     else:
         print(f"LOOK  {found}, expected {expected}. Likely: {likely}")
-    return passed
 
 
 def changed(args, **changes):
@@ -440,6 +438,7 @@ def print_progress(args, epoch, loss, seen, image_count, started):
 
 
 def can_redraw():
+    """Whether the output is a terminal or a notebook."""
     if sys.stdout is None:
         return False
     return sys.stdout.isatty() or "ipykernel" in sys.modules
@@ -468,7 +467,7 @@ def print_summary(args, data, network, history, folder):
           f"after the last epoch, seed {args.seed}")
     print(f"{args.model}: {networks.count_parameters(network):,} parameters, {args.epochs} epochs "
           f"in {seconds:.0f} s")
-    print(f"next: python analyze.py --run {folder}")
+    print(f"next: python analyze.py --run {shlex.quote(str(folder))}")
 
 
 def print_spread(accuracies):
@@ -496,7 +495,7 @@ def save_run(folder, args, data, network, optimizer, history):
     """
     if folder is None:
         return
-    save_pt(folder / "checkpoint.pt", {
+    save_pt(Path(folder, "checkpoint.pt"), {
         "args": vars(args),
         "epoch": len(history),
         "history": history,
@@ -504,10 +503,10 @@ def save_run(folder, args, data, network, optimizer, history):
         "optimizer": optimizer.state_dict(),
     })
     if history:
-        save(folder / "log.csv", digits.to_csv(history))
+        save(Path(folder, "log.csv"), digits.to_csv(history))
     if len(history) == args.epochs:
         # All that is needed to use the network without this script: README, "Your own network".
-        save_pt(folder / "weights.pt", {
+        save_pt(Path(folder, "weights.pt"), {
             "args": vars(args),
             "mean": data.mean,
             "std": data.std,
@@ -521,15 +520,18 @@ def save_pt(path, contents):
     save(path, buffer.getvalue())           # whole or not at all: see data.py
 
 
-def read_pt(path):
-    """The contents of a .pt file of this script as attributes: network (a module, on the CPU), args
-    and so on. Raises UserError for any other file."""
+def read_pt(path, *keys):
+    """The contents of a .pt file of this script as attributes: args, network (a module, on the CPU)
+    and these keys. Raises UserError for any other file."""
     try:
         # A .pt file is a ZIP archive with a checksum for each part, at which torch.load does not
         # look. weights_only: to load a stranger's file must not run a stranger's code.
         if zipfile.ZipFile(path).testzip() is not None:
             raise ValueError("a checksum is wrong")
         contents = torch.load(path, map_location="cpu", weights_only=True)
+        missing = set(keys) - set(contents)
+        if missing:
+            raise ValueError(f"it lacks {missing}")
         # Flags that an older run did not have get their defaults.
         contents["args"] = argparse.Namespace(**(vars(parse_args([])) | contents["args"]))
         network = build_from(contents["args"])
@@ -544,31 +546,20 @@ def read_pt(path):
 def load_run(folder):
     """A finished run, such as runs/001: its network, in evaluation mode on the CPU, its args, and
     mean and std of the images that it was trained on, 1×C×1×1 each. Raises UserError."""
-    run = read_pt(Path(folder, "weights.pt"))
-    if "mean" not in run:
-        raise UserError(f"weights.pt in {folder} has no mean: is it a checkpoint?")
+    run = read_pt(Path(folder, "weights.pt"), "mean", "std")
     run.network.eval()
     return run
 
 
-def restore(checkpoint, network, optimizer):
-    """Load a checkpoint into network and optimizer. Return its history. Raises UserError."""
-    try:
-        network.load_state_dict(checkpoint.network.state_dict())
-        optimizer.load_state_dict(checkpoint.optimizer)
-        return checkpoint.history
-    except Exception as error:
-        raise UserError(f"the checkpoint does not fit its network ({reason(error)})")
-
-
 def new_folder(out):
-    """Make out/001, or out/002, ...: the first that is not there. If two runs start in the same
-    moment, mkdir gives each folder to one of them only."""
+    """Make and return out/001, or out/002, ...: the first that is not there. If two runs start in
+    the same moment, mkdir gives each folder to one of them only."""
+    Path(out).mkdir(parents=True, exist_ok=True)
     count = 1
     while True:
         folder = Path(out, f"{count:03d}")
         try:
-            folder.mkdir(parents=True)
+            folder.mkdir()
             return folder
         except FileExistsError:
             count += 1
@@ -638,7 +629,7 @@ def resume(args):
     for word in sys.argv[1:]:
         if word.startswith("--") and word.split("=")[0] not in allowed:
             raise UserError(f"--resume keeps the settings of the run: leave out {word}")
-    checkpoint = read_pt(Path(args.resume, "checkpoint.pt"))
+    checkpoint = read_pt(Path(args.resume, "checkpoint.pt"), "history", "optimizer")
     args = changed(checkpoint.args, resume=args.resume, runs=1, device=args.device,
                    data_dir=args.data_dir or checkpoint.args.data_dir)
     return args, checkpoint
@@ -664,18 +655,17 @@ def main():
           f"{len(data.test[0]):,} test images; network {args.model!r} on {data.mean.device}; "
           f"{args.opt}, {args.sched}, lr {args.lr:g}")
     if args.sanity:
-        passed = sanity(args, data)
-        raise SystemExit(0 if passed else 1)
+        return sanity(args, data)
     make_network(args, data)                # if it does not fit, say so before a folder is made
 
     accuracies = []
     for seed in range(args.seed, args.seed + args.runs):
         args = changed(args, seed=seed)     # all else stays equal
-        folder = Path(args.resume or new_folder(args.out))
+        folder = args.resume or new_folder(args.out)
         try:
             network, history = train(args, data, folder, checkpoint)
         except KeyboardInterrupt:           # the epochs that are finished are saved
-            print(f"\nstopped. To go on: python train.py --resume {folder}")
+            print(f"\nstopped. To go on: python train.py --resume {shlex.quote(str(folder))}")
             raise
         accuracies.append(history[-1]["test_accuracy"])
         print_summary(args, data, network, history, folder)
