@@ -1240,8 +1240,6 @@ WRONG_INPUT = [
     (rf, "--input 1xx20", "invalid shape value: '1xx20'"),
     (rf, "--torchvision resnet5", "no classifier 'resnet5'"),
     (rf, "--model n2 --input 1x20x20", "11 Linear has in_features=400, got 144"),
-    (rf, "--run a --model n2", "not allowed"),
-    (lr_finder, "--grid --search 3", "not allowed"),
     (lr_finder, "--lr 0.1", "--lr is for train.py only"),
     (lr_finder, "--nosuch", "unrecognized arguments: --nosuch"),
     (lr_finder, "--epochs 3", "belongs to --grid"),
