@@ -73,8 +73,8 @@ def from_tensors(train, test, val=None, name="your data", device=None):
     train, val, test = [checked(images, labels, device) for images, labels in pairs]
     if len(train[0]) == 0:
         raise UserError("there are no training images")
-    if train[0].shape[1:] != test[0].shape[1:]:
-        raise UserError("the training images and the test images differ in shape")
+    if not train[0].shape[1:] == val[0].shape[1:] == test[0].shape[1:]:
+        raise UserError("training, held-out and test images differ in shape")
 
     # The mean and the standard deviation of each channel come from the training images only. For
     # MNIST they are the 0.1307 and 0.3081 of every tutorial.
@@ -401,7 +401,8 @@ def reason(error):
 def checked(images, labels, device):
     """Images uint8 N×C×H×W and labels int64 N on the device. Raises UserError if they are others."""
     if not isinstance(images, Tensor) or images.dtype != torch.uint8 or images.dim() != 4:
-        raise UserError("images must be a uint8 tensor N×C×H×W with values from 0 to 255")
+        raise UserError("images must be a uint8 tensor N×C×H×W with values from 0 to 255 "
+                        "(of a numpy array: torch.from_numpy)")
     if not isinstance(labels, Tensor) or labels.is_floating_point():
         raise UserError("labels must be a tensor of integers")
     labels = labels.long()

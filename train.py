@@ -327,7 +327,7 @@ def build_from(args):
         if value is not None:
             options[name] = value
     try:
-        return networks.build(args.model, **options)
+        return networks.build(args.model, **options).train()     # fails on a forgotten `return`
     except Exception as error:              # such as a flag that this network has no option for
         raise UserError(f"the network {args.model!r} cannot be built: {error}")
 
@@ -495,8 +495,9 @@ def save_run(folder, args, data, network, optimizer, history):
     """
     if folder is None:
         return
+    saved_args = vars(args) | {"data": data.name}
     save_pt(Path(folder, "checkpoint.pt"), {
-        "args": vars(args),
+        "args": saved_args,
         "epoch": len(history),
         "history": history,
         "network": network.state_dict(),
@@ -507,7 +508,7 @@ def save_run(folder, args, data, network, optimizer, history):
     if len(history) == args.epochs:
         # All that is needed to use the network without this script: README, "Your own network".
         save_pt(Path(folder, "weights.pt"), {
-            "args": vars(args),
+            "args": saved_args,
             "mean": data.mean,
             "std": data.std,
             "network": network.state_dict(),
@@ -644,7 +645,7 @@ def load_data(args):
 def main():
     args = parse_args()
     checkpoint = None
-    if args.resume:
+    if args.resume is not None:
         args, checkpoint = resume(args)
     if args.deterministic:
         os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"        # CUDA needs it
