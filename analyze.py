@@ -5,7 +5,7 @@ which others? Does the network know when it is guessing? Is it better than anoth
 luckier? Where in the image does it find its evidence? And is the label itself wrong now and then?
 
     python analyze.py                                the last run under runs/
-    python analyze.py --run runs/003                 another run, also while it is still training
+    python analyze.py --run runs/003                 another run, from its first epoch on
     python analyze.py --compare runs/001 runs/002    is one of two networks really better?
     python analyze.py --suspects runs/001 runs/002   is it the network or the label?
     python analyze.py --image photo.png              read a digit of your own
@@ -485,12 +485,13 @@ def gallery(rows, path, zoom=4, title=""):
     sheet = Image.new("RGB", (16 + most * column_width, top + len(rows) * row_height), "white")
     draw = ImageDraw.Draw(sheet)
     draw.text((16, 10), title, BLACK, ImageFont.load_default(18))
+    font = ImageFont.load_default(15)
     for i, row in enumerate(rows):
         y = top + i * row_height
         for j, (picture, caption) in enumerate(row):
             x = 16 + j * column_width
             sheet.paste(picture.resize((width, height), Image.NEAREST), (x, y))
-            draw.text((x, y + height + 4), caption, BLACK, ImageFont.load_default(15))
+            draw.text((x, y + height + 4), caption, BLACK, font)
     save_png(sheet, path)
 
 

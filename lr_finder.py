@@ -244,13 +244,13 @@ def parse_args():
     parser = digits.Parser(prog="lr_finder.py",
                            description="Learning-rate range test, grid and random search. "
                                        "Takes the flags of train.py, too.")
-    add = parser.add_argument
     either = parser.add_mutually_exclusive_group()
     either.add_argument("--grid", action="store_true", help="train with each setting of GRID")
     either.add_argument("--search", type=number(int, 1, 1000), metavar="N",
                         help="train with N random settings")
-    add("--epochs", type=number(int, 1, 9999), help="of --grid and --search; 1 if not given")
-    add("--out", default="lr_finder", help="where the folders are made")
+    parser.add_argument("--epochs", type=number(int, 1, 9999),
+                        help="of --grid and --search; 1 if not given")
+    parser.add_argument("--out", default="lr_finder", help="where the folders are made")
     own, others = parser.parse_known_args()
     for word in others:
         if word.split("=")[0] in ("--lr", "--sched", "--runs", "--resume", "--sanity"):

@@ -363,6 +363,7 @@ def cifar():
         nn.Linear(8192, 10),                           # 10         RF all     81,930
     )
 
+
 # ---- All of them by name ----------------------------------------------------------------------
 
 # A network of your own: write a function like those above and, at the end of this file,

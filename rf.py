@@ -24,7 +24,7 @@ A unit is one position of a layer's map, with all its channels. The columns of t
     measured    the most rows that one unit sees (and columns, if their number differs), found with
                 ink; only where RF is a number, and for images with height + width up to 128. The
                 sign compares all units:
-                =  every unit sees all pixels of its field and no others
+                =  every unit sees all pixels of its field that lie in the image, and no others
                 <  some units see fewer: a dilated window has gaps
                 !  some units see more: a formula is wrong
     multiply-adds    of the layers nn.Conv2d and nn.Linear, per image
@@ -531,7 +531,15 @@ def shape(text):
     return tuple(int(size) for size in text.split("x"))
 
 
-def make_parser():
+def torchvision_network(name):
+    """One of torchvision's classifiers with random weights."""
+    from torchvision import models          # it takes a second, so only where it is needed
+    if name not in models.list_models(models):
+        raise UserError(f"torchvision has no classifier {name!r}, but resnet18, vgg16 and others")
+    return models.get_model(name)
+
+
+def main():
     parser = digits.Parser(prog="rf.py", description="Receptive fields, computed and measured.")
     which = parser.add_mutually_exclusive_group()
     which.add_argument("--model", choices=model.NETWORKS, default="default",
@@ -542,19 +550,8 @@ def make_parser():
     parser.add_argument("--input", metavar="CxHxW", type=shape,
                         help="the shape of an image for the table, such as 1x20x20")
     parser.add_argument("--data-dir", help="of --run; not given: where the run found its data")
-    return parser
+    args = parser.parse_args()
 
-
-def torchvision_network(name):
-    """One of torchvision's classifiers with random weights."""
-    from torchvision import models          # it takes a second, so only where it is needed
-    if name not in models.list_models(models):
-        raise UserError(f"torchvision has no classifier {name!r}, but resnet18, vgg16 and others")
-    return models.get_model(name)
-
-
-def main():
-    args = make_parser().parse_args()
     torch.manual_seed(0)                    # the same weights and the same noise each time
     if args.torchvision:
         network = torchvision_network(args.torchvision)

@@ -327,7 +327,10 @@ def build_from(args):
         if value is not None:
             options[name] = value
     try:
-        return networks.build(args.model, **options).train()     # fails on a forgotten `return`
+        network = networks.build(args.model, **options)
+        if network is None:
+            raise ValueError("its function returns nothing")
+        return network
     except Exception as error:              # such as a flag that this network has no option for
         raise UserError(f"the network {args.model!r} cannot be built: {error}")
 
@@ -656,7 +659,8 @@ def main():
           f"{len(data.test[0]):,} test images; network {args.model!r} on {data.mean.device}; "
           f"{args.opt}, {args.sched}, lr {args.lr:g}")
     if args.sanity:
-        return sanity(args, data)
+        sanity(args, data)
+        return
     make_network(args, data)                # if it does not fit, say so before a folder is made
 
     accuracies = []
